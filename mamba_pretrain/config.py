@@ -274,7 +274,8 @@ def validate(config: Config, world: int = 1) -> list[str]:
             lower = train.batch_tokens // seq_len * seq_len
             near = f"{lower} or {lower + seq_len}" if lower else str(seq_len)
             problems.append(
-                f"train.batch_tokens ({train.batch_tokens}) is not a multiple of data.seq_len ({seq_len}); nearest: {near}"
+                f"train.batch_tokens ({train.batch_tokens}) is not a multiple of data.seq_len ({seq_len}): "
+                f"the nearest is {near}"
             )
         elif config.sequences_per_step % (train.micro_batch_size * world):
             problems.append(

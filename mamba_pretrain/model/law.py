@@ -40,7 +40,7 @@ class Kind:
 
 
 def kinds(config: ModelConfig) -> list[Kind]:
-    """Every kind of parameter a MambaLM of this shape may have; a name belongs to the first whose suffix it ends with."""
+    """Every kind of parameter of a MambaLM of this shape; a name belongs to the first whose suffix it ends with."""
     d_model, inner, rank, layers = config.need("d_model"), config.d_inner, config.rank, config.need("n_layer")
     conv_bound = config.d_conv**-0.5
     A_log_N = torch.log(torch.arange(1, config.d_state + 1, dtype=torch.float32))

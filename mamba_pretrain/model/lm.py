@@ -67,7 +67,7 @@ class Mamba(nn.Module):
     def forward(
         self, input_ids_BL: Tensor, seq_idx_BL: Tensor | None = None, state: MambaState | None = None
     ) -> BackboneOutput:
-        """`seq_idx` numbers the documents inside each row (see ops.selective_scan); `state` continues an earlier text."""
+        """`seq_idx` numbers the documents in each row (see ops.selective_scan); `state` continues an earlier text."""
         hidden_BLD, residual_BLD = self.embedding(input_ids_BL), None
         conv, ssm = [], []
         for i, block in enumerate(self.layers):

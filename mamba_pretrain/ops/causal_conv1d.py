@@ -37,7 +37,7 @@ def causal_conv1d(
     for k in range(taps):
         tap_BLE = weight_EK[:, k].to(wide) * history_BPE[:, k : k + length]
         if document_BP is not None:
-            tap_BLE = tap_BLE * torch.eq(document_BP[:, k : k + length], seq_idx_BL).unsqueeze(-1)
+            tap_BLE = tap_BLE * torch.eq(document_BP[:, k : k + length], document_BP[:, taps - 1 :]).unsqueeze(-1)
         y_BLE = y_BLE + tap_BLE
     if bias_E is not None:
         y_BLE = y_BLE + bias_E.to(wide)

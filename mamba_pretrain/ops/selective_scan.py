@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# The backward keeps one state per chunk and recomputes the rest: memory falls from L x E x N to (L / CHUNK + CHUNK) x E x N
-# for one more forward. 32 was the fastest of 16..128 on a CPU with 2 cores (less to hold in cache, few enough chunks).
+# The backward keeps one state per chunk and recomputes the rest: memory falls from L x E x N to
+# (L / CHUNK + CHUNK) x E x N, for one more forward.
 CHUNK = 32
 
 
