@@ -1,0 +1,102 @@
+"""Text from a trained model, one token at a time, at a cost per token that does not grow with the text."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mamba_pretrain.model.block import MambaState
+from mamba_pretrain.model.lm import MambaLM
+
+# Prompt tokens read at once: their activations, not the prompt's, bound the memory of the prefill.
+PREFILL_TOKENS = 2048
+
+
+def generate(
+    model: MambaLM,
+    prompt_ids: list[int],
+    *,
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_ids: Collection[int] = (),
+) -> Iterator[int]:
+    """Yields up to `max_tokens` ids that continue `prompt_ids`, and ends before the first of `stop_ids`.
+
+    The prompt is read in parallel, then every token is one `MambaLM.step`. Of the real tokens (padding rows of the
+    head are never sampled) the `top_k` likeliest stay (0: all), of these the fewest that hold `top_p` of the
+    probability, after division of the logits by `temperature` (0: always the likeliest). Runs in the ambient autocast
+    dtype; sampling is fp32 on the CPU from a generator of its own, so that `seed` decides alone.
+
+    Raises ValueError at the call for an impossible argument, and while generating where the logits are not finite.
+    """
+    vocab_size = model.config.need("vocab_size")
+    problems = []
+    if not prompt_ids:
+        problems.append("the prompt is empty: pass the tokenizer's bos id to start from nothing")
+    if unknown := sorted({i for i in (*prompt_ids, *stop_ids) if not 0 <= i < vocab_size}):
+        problems.append(f"ids {unknown} are outside the vocabulary: expected 0 to {vocab_size - 1}")
+    if max_tokens < 0:
+        problems.append(f"max_tokens is {max_tokens}: it must be 0 or more")
+    if not temperature >= 0:
+        problems.append(f"temperature is {temperature}: it must be 0 (the likeliest token) or more")
+    if top_k < 0:
+        problems.append(f"top_k is {top_k}: it must be 0 (no limit) or more")
+    if not 0 < top_p <= 1:
+        problems.append(f"top_p is {top_p}: it must be above 0 and at most 1 (no limit)")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return _tokens(model, prompt_ids, max_tokens, temperature, top_k, top_p, seed, frozenset(stop_ids))
+
+
+@torch.no_grad()
+def _tokens(
+    model: MambaLM,
+    prompt_ids: list[int],
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    stop_ids: frozenset[int],
+) -> Iterator[int]:
+    generator = torch.Generator().manual_seed(seed)
+    device, vocab_size = model.head_weight_VD.device, model.config.need("vocab_size")
+    logits_V, state = _prefill(model, torch.tensor(prompt_ids, device=device))
+    for count in range(1, max_tokens + 1):
+        token = _sample(logits_V[:vocab_size].float().cpu(), temperature, top_k, top_p, generator)
+        if token in stop_ids:
+            return
+        yield token
+        if count < max_tokens:
+            logits_BV, state = model.step(torch.tensor([token], device=device), state)
+            logits_V = logits_BV[0]
+
+
+def _prefill(model: MambaLM, prompt_L: Tensor) -> tuple[Tensor, MambaState]:
+    """Logits (padded V) after the last prompt token, and the state. The head runs once, not at every position."""
+    state = None
+    for part_L in torch.split(prompt_L, PREFILL_TOKENS):
+        hidden_BLD, state = model.backbone(part_L[None], state=state)
+    assert state is not None, "prompts are not empty"
+    return F.linear(hidden_BLD[0, -1], model.head_weight_VD), state
+
+
+def _sample(logits_V: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
+    if not torch.isfinite(logits_V).all():
+        raise ValueError("the logits are not finite: the weights are damaged, or the model needs bf16 or fp32")
+    if temperature == 0:
+        return int(logits_V.argmax())
+    # Largest first, ties by id as argmax has them; subtracting the maximum keeps tiny temperatures finite.
+    sorted_V, ids_V = (logits_V - logits_V.max()).sort(descending=True, stable=True)
+    if top_k:
+        sorted_V = sorted_V[:top_k]
+    probabilities_V = F.softmax(sorted_V / temperature, dim=-1)
+    mass_before_V = probabilities_V.cumsum(0) - probabilities_V
+    probabilities_V = probabilities_V * (mass_before_V < top_p)
+    return int(ids_V[torch.multinomial(probabilities_V, 1, generator=generator)])
