@@ -1,0 +1,1 @@
+"""Commands that turn raw corpora into token shards. Run from a checkout; they never import torch."""

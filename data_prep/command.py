@@ -1,0 +1,33 @@
+"""What every command of this package does alike: report a user's error as one message, without a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+
+from data_prep.corpus import CorpusError
+from mamba_pretrain.data.shards import ShardError
+from mamba_pretrain.data.tokenizer import TokenizerError
+
+
+def new_parser(module: str, description: str) -> ArgumentParser:
+    """A parser whose --help keeps the line breaks of `description`."""
+    return ArgumentParser(f"python -m {module}", description=description, formatter_class=RawDescriptionHelpFormatter)
+
+
+def run(parser: ArgumentParser, body: Callable[[Namespace], int], argv: Sequence[str] | None) -> int:
+    """The exit code of body(parsed arguments): 2 after a user's error, 130 after Ctrl-C."""
+    arguments = parser.parse_args(argv)
+    try:
+        return body(arguments)
+    except BrokenPipeError:  # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (CorpusError, ShardError, TokenizerError, OSError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted, nothing was written", file=sys.stderr)
+        return 130

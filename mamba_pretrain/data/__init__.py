@@ -1,0 +1,1 @@
+"""Token shards, the order they are read in, and tokenizers."""

@@ -1,0 +1,363 @@
+"""Token shards on disk: Megatron's indexed dataset, read in O(1) memory, and the manifest that identifies it.
+
+A dataset is one directory:
+
+    manifest.json                   what it was made of, and the sha256 of every file
+    tokenizer.model | .json | .bytes    the tokenizer that made it
+    {train,validation,test}.bin     raw tokens, one document after the other
+    {train,validation,test}.idx     little-endian, in this order:
+        9 bytes   magic "MMIDIDX\\0\\0"
+        u64       version, 1
+        u8        dtype code of the tokens (DTYPES)
+        u64       number of sequences n
+        u64       length of the document index d
+        i32[n]    tokens in each sequence
+        i64[n]    byte offset of each sequence in the .bin
+        i64[d]    document j is sequences index[j] to index[j + 1]
+
+The layout is that of Megatron-LM's `megatron/core/datasets/indexed_dataset.py`, so Megatron-LM, GPT-NeoX and datatrove
+read these files and theirs are read here. `writer.py` writes one sequence a document; the reader takes any number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import struct
+import typing
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+SPLITS: Final = ("train", "validation", "test")
+MANIFEST: Final = "manifest.json"
+MAGIC: Final = b"MMIDIDX\x00\x00"
+VERSION: Final = 1
+HEADER: Final = struct.Struct("<9sQBQQ")
+DTYPES: Final = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
+BLOCK_BYTES: Final = 1 << 24  # what verify() and hashing hold in memory at a time
+
+
+class ShardError(ValueError):
+    """A dataset on disk is missing, damaged, foreign, or not the one that was asked for."""
+
+
+class Shard:
+    """One split, memory-mapped. Opening reads the header and four numbers, whatever the size of the data.
+
+    Pickles as its path, so that loader workers map the file themselves. Raises ShardError for anything but an intact
+    pair of integer-token files whose sizes agree.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.path = Path(prefix)
+        self._bin, self._idx = (self.path.with_name(self.path.name + suffix) for suffix in (".bin", ".idx"))
+        for file in (self._bin, self._idx):
+            if not file.is_file():
+                raise ShardError(f"{file} does not exist; a shard is a pair of files, {self.path}.bin and .idx")
+        idx_bytes = self._idx.stat().st_size
+        with self._idx.open("rb") as stream:
+            header = stream.read(HEADER.size)
+        if header[: len(MAGIC)] != MAGIC:
+            raise ShardError(f"{self._idx} starts with {header[:9]!r}, not {MAGIC!r}: it is not a Megatron index")
+        if len(header) < HEADER.size:
+            raise ShardError(f"{self._idx} has {idx_bytes} bytes, less than its {HEADER.size}-byte header: truncated")
+        _, version, code, self.n_sequences, index_length = HEADER.unpack(header)
+        if version != VERSION:
+            raise ShardError(f"{self._idx} has version {version}; this reader knows version {VERSION} only")
+        dtype = np.dtype(DTYPES[code]) if code in DTYPES else None
+        if dtype is None or dtype.kind == "f":
+            raise ShardError(
+                f"{self._idx} has dtype code {code} ({dtype or 'unknown'}): not the integers token ids are"
+            )
+        self.dtype: np.dtype[Any] = dtype
+        expected = HEADER.size + 12 * self.n_sequences + 8 * index_length
+        if idx_bytes != expected or index_length < 1:
+            raise ShardError(
+                f"{self._idx} has {idx_bytes:,} bytes, its header promises {expected:,} ({self.n_sequences:,} "
+                f"sequences, {index_length:,} document index entries): truncated, or of an unknown layout"
+            )
+        self.n_documents = index_length - 1
+        bin_bytes = self._bin.stat().st_size
+        promised = int(self._pointers[-1]) + int(self._lengths[-1]) * self.dtype.itemsize if self.n_sequences else 0
+        if bin_bytes != promised:
+            raise ShardError(
+                f"{self._bin} has {bin_bytes:,} bytes, {self._idx.name} promises {promised:,}: truncated, or the two "
+                "files are of different datasets"
+            )
+        ends = int(self._document_index[0]), int(self._document_index[-1])
+        if ends != (0, self.n_sequences):
+            raise ShardError(f"{self._idx}: the document index runs over {ends}, expected (0, {self.n_sequences})")
+        self.n_tokens = bin_bytes // self.dtype.itemsize
+
+    def __reduce__(self) -> tuple[type[Shard], tuple[Path]]:
+        return Shard, (self.path,)
+
+    def _map(self, file: Path, dtype: str | np.dtype[Any], offset: int, count: int) -> NDArray[Any]:
+        if count == 0:  # mmap refuses an empty range
+            return np.zeros(0, dtype)
+        # A plain ndarray view: np.memmap's own __getitem__ costs 1 us more for each number read.
+        return np.asarray(np.memmap(file, dtype, mode="r", offset=offset, shape=(count,)))
+
+    @cached_property
+    def _tokens(self) -> NDArray[Any]:
+        return self._map(self._bin, self.dtype, 0, self.n_tokens)
+
+    @cached_property
+    def _lengths(self) -> NDArray[np.int32]:
+        return self._map(self._idx, "<i4", HEADER.size, self.n_sequences)
+
+    @cached_property
+    def _pointers(self) -> NDArray[np.int64]:
+        return self._map(self._idx, "<i8", HEADER.size + 4 * self.n_sequences, self.n_sequences)
+
+    @cached_property
+    def _document_index(self) -> NDArray[np.int64]:
+        return self._map(self._idx, "<i8", HEADER.size + 12 * self.n_sequences, self.n_documents + 1)
+
+    def tokens(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Tokens [start, stop) of the split as a fresh (stop - start,) int64 array."""
+        if not 0 <= start <= stop <= self.n_tokens:
+            raise IndexError(f"tokens [{start}, {stop}) of {self.path}, which has {self.n_tokens}")
+        return self._tokens[start:stop].astype(np.int64)
+
+    def _document_start(self, document: int) -> int:
+        sequence = self._document_index[document]
+        return int(self._pointers[sequence]) // self.dtype.itemsize if sequence < self.n_sequences else self.n_tokens
+
+    def document_bounds(self, document: int) -> tuple[int, int]:
+        """First token of document j, and one past its last."""
+        if not 0 <= document < self.n_documents:
+            raise IndexError(f"document {document} of {self.path}, which has {self.n_documents}")
+        return self._document_start(document), self._document_start(document + 1)
+
+    def document_at(self, position: int) -> int:
+        """The document that holds token `position`, in O(log documents)."""
+        if not 0 <= position < self.n_tokens:
+            raise IndexError(f"token {position} of {self.path}, which has {self.n_tokens}")
+        return bisect_right(range(self.n_documents), position, key=self._document_start) - 1
+
+    def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Positions in [start, stop) at which a document begins, ascending (again where a foreign one is empty)."""
+        assert 0 <= start <= stop <= self.n_tokens
+        documents = range(self.n_documents)
+        first = bisect_right(documents, start - 1, key=self._document_start)
+        last = bisect_right(documents, stop - 1, lo=first, key=self._document_start)
+        starts: NDArray[np.int64] = self._pointers[self._document_index[first:last]] // self.dtype.itemsize
+        return starts
+
+    def problems(self, vocab_size: int | None = None) -> Iterator[str]:
+        """Everything wrong with the index and the tokens, in one pass over both and bounded memory."""
+        rows, end = BLOCK_BYTES // 8, 0
+        for begin in range(0, self.n_sequences, rows):
+            lengths = self._lengths[begin : begin + rows].astype(np.int64)
+            pointers = self._pointers[begin : begin + rows]
+            ends = pointers + lengths * self.dtype.itemsize
+            expected = np.concatenate(([end], ends[:-1]))
+            wrong = np.flatnonzero((pointers != expected) | (lengths < 0))
+            if wrong.size:
+                i = int(wrong[0])
+                yield (
+                    f"{self._idx}: {wrong.size:,} sequences do not follow the one before, the first is sequence "
+                    f"{begin + i:,} (offset {pointers[i]}, expected {expected[i]}; length {lengths[i]})"
+                )
+            end = int(ends[-1])
+        for begin in range(0, self.n_documents, rows):
+            steps = np.diff(self._document_index[begin : begin + rows + 1])
+            if (steps < 0).any():
+                document = begin + int(np.argmax(steps < 0))
+                yield f"{self._idx}: the document index runs backwards after document {document:,}"
+        limit = np.iinfo(np.int64).max if vocab_size is None else vocab_size
+        for begin in range(0, self.n_tokens, rows):
+            tokens = self._tokens[begin : begin + rows]
+            wrong = np.flatnonzero((tokens < 0) | (tokens >= limit))
+            if wrong.size:
+                i = int(wrong[0])
+                yield (
+                    f"{self._bin}: {wrong.size:,} tokens outside the vocabulary of {limit:,}, the first is id "
+                    f"{tokens[i]} at position {begin + i:,}"
+                )
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """Counts of one split. `text_bytes` is the UTF-8 text alone, the denominator of bits per byte."""
+
+    documents: int
+    tokens: int  # with the bos and eod of each document
+    text_bytes: int
+    words: int  # separated by whitespace
+    files: dict[str, FileInfo]
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    kind: str
+    sha256: str
+    vocab_size: int
+    bos_id: int
+    eod_id: int
+    file: str
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    path: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    seed: int
+    fractions: dict[str, float]
+    how: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a dataset is and where it came from; `manifest.json`, field for field."""
+
+    tokenizer: TokenizerInfo
+    dtype: str
+    adds_bos: bool
+    splits: dict[str, SplitInfo]
+    split_rule: SplitRule
+    sources: list[SourceInfo]
+    skipped_records: int  # invalid, left out because the command was told to
+    empty_documents: int  # valid, without text, left out
+    not_round_trip: int  # documents that do not decode back to their own bytes
+    command: list[str]
+    versions: dict[str, str]
+    format: str = "megatron-indexed-dataset"
+    version: int = 1
+
+    def fingerprint(self, split: str) -> str:
+        """16 hex digits that identify the data a run trains on: this split's tokens, and what they mean."""
+        tokens = self.splits[split].files[f"{split}.bin"].sha256
+        return hashlib.sha256(f"{tokens} {self.tokenizer.sha256}".encode()).hexdigest()[:16]
+
+    def write(self, directory: Path) -> None:
+        (directory / MANIFEST).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, directory: str | Path) -> Manifest:
+        """Raises ShardError where there is no manifest, or one with unknown, missing or mistyped fields."""
+        path = Path(directory) / MANIFEST
+        if not path.is_file():
+            reason = "the directory has none" if path.parent.is_dir() else "the directory does not exist"
+            raise ShardError(f"no dataset in {path.parent}: it would hold a {MANIFEST}, and {reason}")
+        try:
+            fields = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ShardError(f"{path} is not JSON ({error}); make the dataset again") from error
+        known: dict[str, object] = {"format": cls.format, "version": cls.version}
+        found = {name: fields.get(name) for name in known} if isinstance(fields, dict) else fields
+        if found != known:
+            raise ShardError(f"{path} is {found}; this reader knows {known} only")
+        manifest = _typed(cls, fields, str(path))
+        assert isinstance(manifest, Manifest)
+        return manifest
+
+
+def _typed(kind: Any, value: Any, where: str) -> Any:
+    """`value` out of JSON as the annotated type `kind`: dataclasses, lists, dicts with string keys, scalars."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    is_record = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    expected = dict if is_record else origin or kind
+    # By type(), as True is an instance of int. JSON does not tell 1.0 from 1.
+    if type(value) not in ((float, int) if expected is float else (expected,)):
+        raise ShardError(f"{where}: {value!r} is not a {expected.__name__}")
+    if is_record:
+        hints = typing.get_type_hints(kind)
+        if hints.keys() != value.keys():
+            unknown, missing = sorted(value.keys() - hints.keys()), sorted(hints.keys() - value.keys())
+            raise ShardError(f"{where}: unknown fields {unknown}, missing {missing}: another program's, or damaged")
+        return kind(**{name: _typed(hints[name], value[name], f"{where}: {name}") for name in hints})
+    if origin is list:
+        return [_typed(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is dict:
+        return {name: _typed(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+    return value
+
+
+def open_split(directory: str | Path, split: str, *, tokenizer_sha256: str | None = None) -> tuple[Shard, Manifest]:
+    """The split's tokens and the dataset's manifest, checked against each other without reading the tokens.
+
+    `tokenizer_sha256`: the tokenizer the caller's model speaks; a dataset made with another one is a ShardError.
+    """
+    directory = Path(directory)
+    manifest = Manifest.read(directory)
+    if split not in manifest.splits:
+        raise ShardError(f"{directory} has no split {split!r}; it has {', '.join(manifest.splits)}")
+    if tokenizer_sha256 is not None and tokenizer_sha256 != manifest.tokenizer.sha256:
+        raise ShardError(
+            f"{directory} was made with another tokenizer ({manifest.tokenizer.kind}, sha256 "
+            f"{manifest.tokenizer.sha256[:12]}) than the one asked for (sha256 {tokenizer_sha256[:12]}): its token ids "
+            "mean other text. Use that dataset's tokenizer, or build the dataset again with yours"
+        )
+    shard, info = Shard(directory / split), manifest.splits[split]
+    for name, file in info.files.items():
+        found = (directory / name).stat().st_size
+        if found != file.bytes:
+            raise ShardError(f"{directory / name} has {found:,} bytes, the manifest says {file.bytes:,}")
+    if (shard.n_documents, shard.n_tokens, shard.dtype.name) != (info.documents, info.tokens, manifest.dtype):
+        raise ShardError(
+            f"{shard.path} has {shard.n_documents:,} documents, {shard.n_tokens:,} tokens of {shard.dtype.name}; the "
+            f"manifest says {info.documents:,}, {info.tokens:,} of {manifest.dtype}"
+        )
+    return shard, manifest
+
+
+def sha256_of(path: Path, progress: Callable[[int], object] = lambda _: None) -> str:
+    """The file's sha256; `progress` is told the bytes of each block read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(BLOCK_BYTES):
+            digest.update(block)
+            progress(len(block))
+    return digest.hexdigest()
+
+
+def verify(
+    directory: str | Path, splits: Sequence[str] | None = None, progress: Callable[[int], object] = lambda _: None
+) -> list[str]:
+    """Reads everything, twice (hashes, then contents), and returns every problem found; none is a sound dataset.
+
+    `progress` is told the bytes of each block hashed. Raises ShardError only where there is no readable manifest.
+    """
+    directory = Path(directory)
+    manifest = Manifest.read(directory)
+    chosen = list(manifest.splits if splits is None else splits)
+    problems = [f"{directory} has no split {split!r}" for split in chosen if split not in manifest.splits]
+    chosen = [split for split in chosen if split in manifest.splits]
+    hashes = {manifest.tokenizer.file: manifest.tokenizer.sha256}
+    for split in chosen:
+        hashes |= {name: file.sha256 for name, file in manifest.splits[split].files.items()}
+    for name, expected in hashes.items():
+        if not (directory / name).is_file():
+            problems.append(f"{directory / name} is missing")
+        elif (found := sha256_of(directory / name, progress)) != expected:
+            problems.append(
+                f"{directory / name} has sha256 {found[:12]}, the manifest says {expected[:12]}: it changed"
+            )
+    for split in chosen:
+        try:
+            shard, _ = open_split(directory, split)
+        except (ShardError, FileNotFoundError) as error:
+            problems.append(str(error))
+        else:
+            problems.extend(shard.problems(manifest.tokenizer.vocab_size))
+    return problems

@@ -1,0 +1,241 @@
+"""Text to token ids and back: SentencePiece models, Hugging Face tokenizer.json files, and plain bytes.
+
+Encoding never adds a special token and never finds one: the text "<|endoftext|>" or "</s>" is text. Decoding goes
+through a table of each id's bytes, so that pieces of a character join up and a prefix of a document decodes too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import sentencepiece
+import tokenizers
+
+SPACE_MARK: Final = "\u2581"  # SentencePiece writes a space as this character
+KNOWN_EOD: Final = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]")
+KNOWN_BOS: Final = ("<|begin_of_text|>", "<|startoftext|>", "<s>", "<bos>", "<|bos|>", "[BOS]")
+BYTES_FILE: Final = b"Byte tokenizer: ids 0 to 255 are the bytes of UTF-8, 256 begins and ends a document.\n"
+
+
+class TokenizerError(ValueError):
+    """A tokenizer file is missing, damaged or ambiguous, or an id is outside its vocabulary."""
+
+
+class Tokenizer(Protocol):
+    """What every kind offers. `sha256` is that of the file, which is what makes two tokenizers the same."""
+
+    kind: str
+    file: str  # the name `save` gives the file
+    content: bytes
+    vocab_size: int  # one more than the largest id
+    bos_id: int  # eod_id where the tokenizer has no bos
+    eod_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without bos and eod."""
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The bytes of `ids`; special tokens have none. Raises TokenizerError for an id outside the vocabulary."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, with U+FFFD where they stop inside a character."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+    def save(self, directory: Path) -> None:
+        """Writes what `load_tokenizer(directory)` needs to return this tokenizer."""
+        (directory / self.file).write_bytes(self.content)
+
+
+class BytesTokenizer(Tokenizer):
+    """One id a byte; nothing to train, nothing to load."""
+
+    kind, file, content = "bytes", "tokenizer.bytes", BYTES_FILE
+    vocab_size, bos_id, eod_id = 257, 256, 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        _check_ids(ids, self.vocab_size)
+        return bytes(i for i in ids if i != self.eod_id)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece .model. Lossless if it has byte pieces, no normalisation, no dummy prefix (train_tokenizer's)."""
+
+    kind, file = "sentencepiece", "tokenizer.model"
+
+    def __init__(self, path: Path, *, eod: str | None = None) -> None:
+        self.content = path.read_bytes()
+        try:
+            self._model = model = sentencepiece.SentencePieceProcessor(model_proto=self.content)
+        except RuntimeError as error:
+            raise TokenizerError(f"{path} is not a SentencePiece model: it is damaged or of another kind") from error
+        self.vocab_size = int(model.get_piece_size())
+        if self.vocab_size == 0:
+            raise TokenizerError(f"{path} is a SentencePiece model without pieces: an empty or truncated file")
+        pieces = [model.id_to_piece(i) for i in range(self.vocab_size)]
+        if eod is not None:
+            self.eod_id = _id_of(eod, {piece: i for i, piece in enumerate(pieces)}, path)
+        elif (eos := int(model.eos_id())) >= 0:
+            self.eod_id = eos
+        else:
+            specials = [piece for i, piece in enumerate(pieces) if model.is_control(i)]
+            raise TokenizerError(f"{path} has no eos piece; pass eod=, one of its control pieces {specials}")
+        self.bos_id = int(model.bos_id()) if model.bos_id() >= 0 else self.eod_id
+        self._bytes = [self._bytes_of(i, piece) for i, piece in enumerate(pieces)]
+        self._dummy_prefix = model.normalize("a") != "a"
+        # The model cannot tell this character in a text from a space. In byte pieces it comes back as itself.
+        bytes_of_mark = [model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        self._mark = bytes_of_mark if all(map(model.is_byte, bytes_of_mark)) and not self._dummy_prefix else None
+
+    def _bytes_of(self, i: int, piece: str) -> bytes:
+        if self._model.is_control(i):
+            return b""
+        if self._model.is_unknown(i):
+            return " \u2047 ".encode()  # what SentencePiece itself shows for it
+        return bytes([int(piece[3:5], 16)]) if self._model.is_byte(i) else piece.replace(SPACE_MARK, " ").encode()
+
+    def encode(self, text: str) -> list[int]:
+        if self._mark is None or SPACE_MARK not in text:
+            return list(self._model.encode(text))
+        first, *rest = text.split(SPACE_MARK)
+        return self.encode(first) + [i for part in rest for i in (*self._mark, *self._model.encode(part))]
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        _check_ids(ids, self.vocab_size)
+        joined = b"".join([self._bytes[i] for i in ids])
+        return joined.removeprefix(b" ") if self._dummy_prefix else joined
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json of the `tokenizers` library, such as GPT-NeoX-20B's (Mamba's own).
+
+    The end of a document is `eod`, else the eos_token of a tokenizer_config.json beside the file, else the only special
+    token of a known name (KNOWN_EOD).
+    """
+
+    kind, file = "huggingface", "tokenizer.json"
+
+    def __init__(self, path: Path, *, eod: str | None = None) -> None:
+        self.content = path.read_bytes()
+        try:
+            self._model = model = tokenizers.Tokenizer.from_buffer(self.content)
+            settings: dict[str, Any] = json.loads(self.content)
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
+        model.no_truncation()
+        model.no_padding()
+        model.encode_special_tokens = True  # that is, encode their text as text
+        vocab = model.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        added = dict(model.get_added_tokens_decoder())
+        specials = {token.content: i for i, token in added.items() if token.special}
+        config = _config_beside(path)
+        eod = eod or config.get("eos_token")
+        if eod is None:
+            candidates = [name for name in KNOWN_EOD if name in specials]
+            if len(candidates) != 1:
+                raise TokenizerError(
+                    f"{path}: which special token ends a document is unclear, candidates are "
+                    f"{candidates or sorted(specials)}; pass the right one as eod="
+                )
+            eod = candidates[0]
+        self.eod_id = _id_of(eod, vocab, path)
+        bos = config.get("bos_token") or next((name for name in KNOWN_BOS if name in specials), eod)
+        self.bos_id = _id_of(bos, vocab, path)
+        self._names = {"eos_token": eod, "bos_token": bos}
+        self._bytes: list[bytes] | None = None
+        if '"ByteLevel"' in json.dumps(settings.get("decoder")):
+            self._bytes = [b""] * self.vocab_size
+            for piece, i in vocab.items():
+                if i not in added:
+                    self._bytes[i] = bytes(_BYTE_OF[c] for c in piece)
+                elif not added[i].special:
+                    self._bytes[i] = piece.encode()
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._model.encode(text, add_special_tokens=False).ids)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        _check_ids(ids, self.vocab_size)
+        if self._bytes is None:  # not byte-level: only the library knows how its pieces join
+            return str(self._model.decode(list(ids), skip_special_tokens=True)).encode()
+        return b"".join([self._bytes[i] for i in ids])
+
+    def save(self, directory: Path) -> None:
+        super().save(directory)
+        # The eod may have been the caller's choice; this is where Hugging Face's own loaders look for it, too.
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._names}
+        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_tokenizer(spec: str | Path, *, eod: str | None = None) -> Tokenizer:
+    """`spec`: the word "bytes", a .model file, a tokenizer.json file, or a directory that holds one of the three.
+
+    `eod` names the token that ends a document, where the file leaves it open. Raises TokenizerError.
+    """
+    if spec == "bytes":
+        return BytesTokenizer()
+    path = Path(spec)
+    if path.is_dir():
+        # An export may hold two: then the tokenizer.json was made from the other, for programs that read nothing else.
+        names = (BytesTokenizer.file, SentencePieceTokenizer.file, HuggingFaceTokenizer.file)
+        found = [path / name for name in names if (path / name).is_file()]
+        if not found:
+            raise TokenizerError(f"{path} holds no tokenizer; expected one of {', '.join(names)}")
+        path = found[0]
+    if not path.is_file():
+        raise TokenizerError(
+            f"tokenizer {spec} does not exist; expected `bytes`, a file .model or .json, or a directory"
+        )
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path, eod=eod)
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(path, eod=eod)
+    if path.name == BytesTokenizer.file and path.read_bytes() == BYTES_FILE:
+        return BytesTokenizer()
+    raise TokenizerError(f"{path} is no tokenizer this program knows: expected a .model (SentencePiece) or .json file")
+
+
+def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    if len(ids) and (min(ids) < 0 or max(ids) >= vocab_size):
+        wrong = next(i for i in ids if not 0 <= i < vocab_size)
+        raise TokenizerError(f"token id {wrong} is outside the tokenizer's vocabulary of {vocab_size:,}")
+
+
+def _id_of(token: str, vocab: dict[str, int], path: Path) -> int:
+    if token not in vocab:
+        raise TokenizerError(f"{path} has no token {token!r}")
+    return vocab[token]
+
+
+def _config_beside(path: Path) -> dict[str, str]:
+    """The token names in tokenizer_config.json, which writes a name as a string or as {"content": name}."""
+    file = path.with_name("tokenizer_config.json")
+    if path.name != HuggingFaceTokenizer.file or not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_bytes())
+        names = {key: config[key] for key in ("eos_token", "bos_token") if config.get(key)}
+        return {key: name if isinstance(name, str) else name["content"] for key, name in names.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise TokenizerError(f"{file} cannot be read ({error!r}); mend it or remove it") from error
+
+
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's byte-level alphabet: printable Latin-1 bytes are themselves, the others are U+0100 on, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF: Final = _byte_characters()
