@@ -109,6 +109,20 @@ def audit(
         raise LawError("the parameters break the model's laws:\n" + "\n".join(f"- {f}" for f in found))
 
 
+def summary(
+    parameters: Iterable[tuple[str, Tensor]], config: ModelConfig, decay_of: dict[str, float]
+) -> Iterator[tuple[str, str, str]]:
+    """One row for each kind of parameter: name and shape, dtype and weight decay, initial law."""
+    seen = set()
+    for name, parameter in parameters:
+        kind = kind_of(name, config)
+        if kind.suffix not in seen:
+            seen.add(kind.suffix)
+            decay = f"decay {decay_of[name]:g}" if decay_of[name] else "no decay"
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            yield f"{kind.suffix} {tuple(parameter.shape)}", f"{dtype}, {decay}", kind.initial
+
+
 def _constant(suffix: str, value: Tensor, initial: str) -> Kind:
     def breaches(p: Tensor) -> Iterator[str]:
         worst = (p.float().cpu() - value).abs().max().item() if p.numel() else 0.0

@@ -1,0 +1,1 @@
+"""What python, torchrun and srun are pointed at."""

@@ -1,0 +1,212 @@
+"""Makes a run ready to step: opens the data, makes or restores the model, checks everything that can be checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mamba_pretrain import checkpoint
+from mamba_pretrain import config as config_module
+from mamba_pretrain.checkpoint import CheckpointError
+from mamba_pretrain.config import Config, ConfigError, ModelConfig
+from mamba_pretrain.data.order import ORDER_VERSION
+from mamba_pretrain.data.shards import Manifest, Shard, ShardError, open_split, verify
+from mamba_pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from mamba_pretrain.distributed.engine import Engine
+from mamba_pretrain.distributed.env import bf16_is_native, check_precision, resolve_device
+from mamba_pretrain.distributed.single import SingleEngine
+from mamba_pretrain.export.pretrained import Pretrained, read_pretrained
+from mamba_pretrain.model.describe import law_table
+from mamba_pretrain.model.law import audit
+from mamba_pretrain.model.lm import MambaLM
+from mamba_pretrain.optim import decay_by_name, param_groups
+
+log = logging.getLogger("mamba_pretrain")
+
+
+@dataclass
+class TrainState:
+    """All of a run's progress that is not a tensor."""
+
+    step: int = 0  # optimizer steps, skipped ones included
+    samples: int = 0  # windows consumed by all ranks; the position in the data
+    tokens: int = 0
+    epoch: int = 0
+
+
+@dataclass
+class Run:
+    """A run ready to step."""
+
+    config: Config  # with what the data and the weights settled filled in
+    engine: Engine
+    state: TrainState
+    train: Shard
+    validation: Shard | None
+    manifest: Manifest
+    tokenizer: Tokenizer
+    device: torch.device
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What may not change between a checkpoint and the run that goes on from it."""
+        data = self.config.data
+        return {
+            "model": {k: v for k, v in asdict(self.config.model).items() if k != "variant"},
+            "data": self.manifest.fingerprint(data.train_split),
+            "seq_len": data.seq_len,
+            "reset_documents": data.reset_documents,
+            "seed": self.config.train.seed,
+            "order_version": ORDER_VERSION,
+        }
+
+
+def build(config: Config) -> Run:
+    """Raises ConfigError, ShardError, CheckpointError or LawError before anything is written."""
+    device = resolve_device(config.train.device)
+    check_precision(config.train.precision, device)
+    if config.train.precision == "bf16" and not bf16_is_native(device):
+        log.warning("this CPU has no bf16 matrix products: they are emulated, and train.precision=fp32 is faster")
+    train, validation, manifest, tokenizer = _open_data(config)
+    resume_from = _resume_from(config)
+
+    source, known = None, None
+    if config.train.init_from is not None:
+        if resume_from is None:
+            source = read_pretrained(Path(config.train.init_from))
+            _check_tokenizer(config, source, manifest)
+            known = source.config
+        else:
+            known = ModelConfig(**checkpoint.read_manifest(resume_from)["identity"]["model"])
+    config = dataclasses.replace(config, model=_resolve_model(config.model, known, manifest))
+
+    fresh = source is None and resume_from is None
+    model = MambaLM(config.model, seed=config.train.seed if fresh else None)
+    if source is not None:
+        model.load_state_dict(source.weights)
+        log.info("starting from the %s weights in %s", source.source_format, config.train.init_from)
+    model.backbone.activation_checkpointing = config.train.activation_checkpointing
+    run = Run(
+        config, SingleEngine(model.to(device), config), TrainState(), train, validation, manifest, tokenizer, device
+    )
+    if resume_from is not None:
+        _restore(run, resume_from)
+    decay_of = decay_by_name(param_groups(model.named_parameters(), config.model, config.optim.weight_decay))
+    audit(model.named_parameters(), config.model, decay_of, fresh=fresh)
+    log.info("%s\n", law_table(model, decay_of))
+    return run
+
+
+def _open_data(config: Config) -> tuple[Shard, Shard | None, Manifest, Tokenizer]:
+    data = config.data
+    if data.path is None:
+        raise ConfigError(["data.path is not set: name a directory made by python -m data_prep.build_shards"])
+    wanted = None if data.tokenizer is None else load_tokenizer(data.tokenizer).sha256
+    train, manifest = open_split(data.path, data.train_split, tokenizer_sha256=wanted)
+    validation = open_split(data.path, data.validation_split)[0] if data.validation_split is not None else None
+    for split in filter(None, (data.train_split, data.validation_split)):
+        gib = sum(file.bytes for file in manifest.splits[split].files.values()) / 2**30
+        if gib > data.verify_gib:
+            how = "run python -m data_prep.verify_shards once"
+            log.warning("%s: %.1f GiB, above data.verify_gib, are not hashed; %s", split, gib, how)
+        elif problems := verify(data.path, [split]):
+            raise ShardError(f"{data.path} is damaged:\n" + "\n".join(f"- {p}" for p in problems))
+    return train, validation, manifest, load_tokenizer(data.path)
+
+
+def _resolve_model(given: ModelConfig, known: ModelConfig | None, manifest: Manifest) -> ModelConfig:
+    """Fills what the configuration left open: from the weights the run starts from, else from the dataset."""
+    if known is not None:
+        default = ModelConfig()
+        clashes = [
+            f"model.{f.name} is {getattr(given, f.name)}, the weights to start from have {getattr(known, f.name)}"
+            for f in dataclasses.fields(ModelConfig)
+            if f.name != "variant" and getattr(given, f.name) not in (getattr(default, f.name), getattr(known, f.name))
+        ]
+        if clashes:
+            raise ConfigError(clashes)
+        given = dataclasses.replace(known, variant=given.variant)
+    vocab_size = manifest.tokenizer.vocab_size
+    if given.vocab_size is None:
+        given = dataclasses.replace(given, vocab_size=vocab_size)
+    if vocab_size > given.need("vocab_size"):
+        raise ConfigError(
+            [
+                f"the dataset's tokenizer has {vocab_size} tokens, model.vocab_size is {given.vocab_size}: "
+                f"set model.vocab_size={vocab_size}, or build the shards with the model's tokenizer"
+            ]
+        )
+    return given
+
+
+def _check_tokenizer(config: Config, source: Pretrained, manifest: Manifest) -> None:
+    """The weights' tokenizer, if known, must be the dataset's; data.tokenizer, if given, has the last word."""
+    if source.tokenizer_file is None or config.data.tokenizer is not None:
+        return
+    theirs = load_tokenizer(source.tokenizer_file).sha256
+    if theirs != manifest.tokenizer.sha256:
+        raise ConfigError(
+            [
+                f"{source.tokenizer_file} (sha256 {theirs[:12]}) is not the tokenizer that made {config.data.path} "
+                f"(sha256 {manifest.tokenizer.sha256[:12]}): build the shards with it, or, if the two mean the same "
+                f"ids, say so with data.tokenizer={config.data.path}"
+            ]
+        )
+
+
+def _resume_from(config: Config) -> Path | None:
+    """The checkpoint to go on from, by the rule of `checkpoint.resume`."""
+    choice, directory = config.checkpoint.resume, Path(config.run_dir) / "checkpoints"
+    found = checkpoint.checkpoints(directory)
+    if choice == "auto":
+        if not found:
+            log.info("no checkpoint in %s yet: starting at step 0", directory)
+        return found[-1] if found else None
+    if choice == "never":
+        if found:
+            raise ConfigError(
+                [
+                    f"{config.run_dir} holds checkpoints up to {found[-1].name}: go on from there with --resume auto, "
+                    "or choose another run_dir"
+                ]
+            )
+        return None
+    if checkpoint.read_manifest(Path(choice)).get("kind") != "checkpoint":
+        raise CheckpointError(f"{choice} is a model without optimizer state: start from it with train.init_from")
+    return Path(choice)
+
+
+def _restore(run: Run, path: Path) -> None:
+    """Fills engine and state, after the proof that this is the same training on the same data."""
+    saved, current = _flat(checkpoint.verify(path)["identity"]), _flat(run.identity)
+    changed = [
+        f"{k} was {saved.get(k)!r}, is {current.get(k)!r}" for k in current | saved if saved.get(k) != current.get(k)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{path} is of another run, and going on would not be the same training: {'; '.join(changed)}. "
+            "Undo the change, or start a new run_dir from these weights with train.init_from"
+        )
+    before, now = asdict(config_module.load([path / checkpoint.CONFIG])), asdict(run.config)
+    for part in ("train", "optim"):
+        for key, value in now[part].items():
+            if before[part][key] != value:
+                log.warning("resuming with another %s.%s: was %s, is %s", part, key, before[part][key], value)
+    run.engine.load(path)
+    run.state = TrainState(**json.loads((path / checkpoint.STATE).read_text()))
+    log.info("resumed from %s", path)
+
+
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    model = {f"model.{k}": v for k, v in identity["model"].items()}
+    return model | {k: v for k, v in identity.items() if k != "model"}

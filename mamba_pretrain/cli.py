@@ -1,0 +1,281 @@
+"""The `mamba-pretrain` command: each subcommand parses its words and calls one function."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mamba_pretrain.checkpoint import CheckpointError
+from mamba_pretrain.config import PRECISIONS, Config, ConfigError, load
+from mamba_pretrain.data.shards import ShardError, open_split
+from mamba_pretrain.data.tokenizer import TokenizerError, load_tokenizer
+from mamba_pretrain.distributed.env import EXIT_PREEMPTED, autocast, resolve_device
+from mamba_pretrain.evaluate.perplexity import EvaluationError, PerplexityResult, evaluate_documents, evaluate_windows
+from mamba_pretrain.evaluate.report import ReportError, plot_run
+from mamba_pretrain.export.convert import export_checkpoint, import_pretrained
+from mamba_pretrain.export.formats import FormatError
+from mamba_pretrain.export.pretrained import build_model, read_pretrained
+from mamba_pretrain.model.describe import describe
+from mamba_pretrain.model.generate import generate
+from mamba_pretrain.model.law import LawError
+from mamba_pretrain.train import NonFiniteError, run
+
+EXIT_USER, EXIT_NONFINITE = 2, 3
+USER_ERRORS = (
+    ConfigError,
+    ShardError,
+    TokenizerError,
+    CheckpointError,
+    FormatError,
+    LawError,
+    EvaluationError,
+    ReportError,
+    ImportError,  # of an optional package; the message names the extra that holds it
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 a mistake in the input (one message, no traceback), 3 training diverged, 75 preempted."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return int(arguments.function(arguments) or 0)
+    except USER_ERRORS as error:
+        print(f"mamba-pretrain {arguments.command}: error\n{error}", file=sys.stderr)
+        return EXIT_USER
+    except NonFiniteError as error:
+        print(f"mamba-pretrain {arguments.command}: training diverged\n{error}", file=sys.stderr)
+        return EXIT_NONFINITE
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    if arguments.resume is not None:
+        arguments.overrides.append(f"checkpoint.resume={arguments.resume}")
+    return run(_config(arguments))
+
+
+def _describe(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    if config.model.vocab_size is None and config.data.path is not None:
+        _, manifest = open_split(config.data.path, config.data.train_split)
+        config.model.vocab_size = manifest.tokenizer.vocab_size
+    print(describe(config))
+
+
+def _eval_perplexity(arguments: argparse.Namespace) -> None:
+    source = read_pretrained(arguments.model)
+    device = resolve_device(arguments.device)
+    model = build_model(source).to(device)
+    wanted = None if source.tokenizer_file is None else load_tokenizer(source.tokenizer_file).sha256
+    shard, manifest = open_split(arguments.data, arguments.split, tokenizer_sha256=wanted)
+    results = []
+    if arguments.protocol in ("documents", "both"):
+        results.append(
+            evaluate_documents(
+                model,
+                shard,
+                adds_bos=manifest.adds_bos,
+                tokenizer=load_tokenizer(arguments.data),
+                lanes=arguments.batch,
+                window=arguments.window,
+                max_documents=arguments.max_documents,
+                precision=arguments.precision,
+                progress=True,
+            )
+        )
+    if arguments.protocol in ("windows", "both"):
+        results.append(
+            evaluate_windows(
+                model,
+                shard,
+                seq_len=arguments.window,
+                reset_documents=True,
+                batch=arguments.batch,
+                max_windows=None,
+                precision=arguments.precision,
+            )
+        )
+    names = {"checkpoint": str(arguments.model), "config_hash": source.run.digest() if source.run else "-"}
+    print(PerplexityResult.markdown_header())
+    for result in results:
+        print(result.markdown_row(**names))
+    if arguments.json is not None:
+        arguments.json.write_text("[" + ",\n".join(result.to_json(**names) for result in results) + "]\n")
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    for path in plot_run(arguments.run, arguments.output or arguments.run):
+        print(path)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    export_checkpoint(
+        arguments.source, arguments.target, to=arguments.to, dtype=arguments.dtype, overwrite=arguments.overwrite
+    )
+    print(arguments.target)
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    import_pretrained(
+        arguments.source, arguments.target, from_format=arguments.from_format, overwrite=arguments.overwrite
+    )
+    print(arguments.target)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    source = read_pretrained(arguments.model)
+    device = resolve_device(arguments.device)
+    model = build_model(source).to(device).eval()
+    tokenizer = load_tokenizer(arguments.tokenizer or source.tokenizer_file or arguments.model)
+    try:
+        tokens = generate(
+            model,
+            [tokenizer.bos_id, *tokenizer.encode(arguments.prompt)],
+            max_tokens=arguments.max_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+            stop_ids=(tokenizer.eod_id,),
+        )
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may hold a part of a character
+    sys.stdout.write(arguments.prompt)
+    with autocast(arguments.precision, device):
+        for token in tokens:
+            sys.stdout.write(decoder.decode(tokenizer.decode_bytes([token])))
+            sys.stdout.flush()
+    sys.stdout.write(decoder.decode(b"", final=True) + "\n")
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    return load(arguments.config, arguments.overrides)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mamba-pretrain", description="Pretrains Mamba-1 language models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, function: Callable[[argparse.Namespace], int | None], text: str, example: str) -> Any:
+        sub = commands.add_parser(
+            name, help=text, description=text, epilog=f"example:\n  {example}", formatter_class=_Help
+        )
+        sub.set_defaults(function=function)
+        return sub
+
+    def configured(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--config", nargs="+", action="extend", default=[], metavar="YAML", help="later files win")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="options above the files: optim.lr=1e-3")
+
+    def modelled(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--model",
+            type=Path,
+            required=True,
+            help="a checkpoint, or a model in native, Hugging Face or mamba_ssm form",
+        )
+        sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+        sub.add_argument("--precision", default="fp32", choices=PRECISIONS, help="of matrix products")
+
+    train = command(
+        "train",
+        _train,
+        "Train, evaluate and checkpoint. On SIGTERM, SIGINT or SIGUSR1 the run saves itself and leaves with exit code "
+        f"{EXIT_PREEMPTED}; start it again with --resume auto.",
+        "mamba-pretrain train --config configs/pretrain/130m.yaml --resume auto data.path=data/pile optim.lr=1e-3",
+    )
+    configured(train)
+    train.add_argument(
+        "--resume",
+        metavar="auto|never|DIR",
+        help="go on from the newest checkpoint, none, or this one (default: never)",
+    )
+
+    configured(
+        command(
+            "describe",
+            _describe,
+            "Print the resolved run: parameters, FLOPs and memory by part, steps, tokens, the law of each parameter.",
+            "mamba-pretrain describe --config configs/pretrain/2.8b.yaml train.micro_batch_size=1",
+        )
+    )
+
+    perplexity = command(
+        "eval",
+        _eval_perplexity,
+        "Measure a model: perplexity per token and word, bits per byte.",
+        "mamba-pretrain eval perplexity --model runs/x/checkpoints/step_00001000 --data data/pile --json ppl.json",
+    )
+    perplexity.add_argument("what", choices=("perplexity",))
+    modelled(perplexity)
+    perplexity.add_argument("--data", type=Path, required=True, help="a dataset made by data_prep.build_shards")
+    perplexity.add_argument("--split", default="validation")
+    perplexity.add_argument(
+        "--protocol",
+        default="both",
+        choices=("documents", "windows", "both"),
+        help="whole documents with the state carried on, or fixed windows from an empty state as other systems do",
+    )
+    perplexity.add_argument("--window", type=int, default=1024, help="tokens in one forward pass, or in a fixed window")
+    perplexity.add_argument("--batch", type=int, default=8, help="rows in one forward pass")
+    perplexity.add_argument("--max-documents", type=int, help="only the first so many (documents protocol)")
+    perplexity.add_argument("--json", type=Path, help="also write every figure here")
+
+    plot = command(
+        "plot", _plot, "Draw a run's loss and validation perplexity as PNG.", "mamba-pretrain plot runs/quickstart"
+    )
+    plot.add_argument("run", type=Path, help="a run directory")
+    plot.add_argument("--output", type=Path, help="directory of the PNGs (default: the run's)")
+
+    export = command(
+        "export",
+        _export,
+        "Write a checkpoint for transformers or for mamba_ssm: safetensors, config.json, tokenizer.",
+        "mamba-pretrain export runs/x/checkpoints/step_00001000 exported --to hf",
+    )
+    export.add_argument("source", type=Path)
+    export.add_argument("target", type=Path)
+    export.add_argument("--to", required=True, choices=("hf", "mamba_ssm"))
+    export.add_argument("--dtype", default="fp32", choices=PRECISIONS, help="of matrices; the rest stays fp32")
+
+    imported = command(
+        "import",
+        _import,
+        "Read a Hugging Face or mamba_ssm directory into ours. (To train from one, train.init_from takes it as it is.)",
+        "mamba-pretrain import mamba-130m-hf models/mamba-130m --from hf",
+    )
+    imported.add_argument("source", type=Path)
+    imported.add_argument("target", type=Path)
+    imported.add_argument("--from", dest="from_format", choices=("hf", "mamba_ssm"), help="default: found out")
+    for sub in (export, imported):
+        sub.add_argument("--overwrite", action="store_true", help="replace the target once the new one is complete")
+
+    text = command(
+        "generate",
+        _generate,
+        "Continue a text. Every token costs the same time and memory, however long the text is.",
+        "mamba-pretrain generate --model runs/x/checkpoints/step_00001000 --prompt 'My fellow' --temperature 0.8",
+    )
+    modelled(text)
+    text.add_argument("--prompt", default="", help="default: the start of a document")
+    text.add_argument("--tokenizer", help="default: the one beside the model")
+    text.add_argument("--max-tokens", type=int, default=200)
+    text.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
+    text.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens (0: all)")
+    text.add_argument("--top-p", type=float, default=1.0, help="only the fewest tokens that hold this probability")
+    text.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the example's line as it is, and names defaults."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""What surrounds a process: its device, the precision it computes in, the signals it gets."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import AbstractContextManager
+from types import FrameType, TracebackType
+
+import torch
+
+from mamba_pretrain.config import ConfigError
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the run saved itself on a signal; start it again to go on
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto takes a GPU where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(["train.device is cuda, and torch sees no GPU here: use train.device=cpu"])
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuses a precision in which the device has no matrix products (they would be emulated, many times slower)."""
+    if precision == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise ConfigError(["train.precision is fp16, which this CPU does not multiply in: use bf16 or fp32"])
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(["train.precision is bf16, which this GPU does not multiply in: use fp16 or fp32"])
+
+
+def bf16_is_native(device: torch.device) -> bool:
+    """Whether bf16 is faster than fp32 here; elsewhere it is right, but emulated."""
+    return device.type == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Matrix products in `precision`; fp32 turns autocast off."""
+    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
+
+
+class Preemption(AbstractContextManager["Preemption"]):
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the trainer reads between steps.
+
+    A second SIGINT raises KeyboardInterrupt at once, for someone who does not want to wait for the save. Earlier
+    handlers come back at the end.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+    def __enter__(self) -> Preemption:
+        self._earlier = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mamba_pretrain import config as c
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["model.d_model=32", "model.n_layer=2", "train.steps=10", "data.seq_len=64", "train.batch_tokens=512"]
+
+
+def problems(*overrides: str, world: int = 1) -> list[str]:
+    with pytest.raises(c.ConfigError) as caught:
+        c.load([], [*SMALL, *overrides], world=world)
+    return caught.value.problems
+
+
+def test_every_problem_is_reported_at_once_with_the_nearest_name() -> None:
+    found = "\n".join(
+        problems("optim.lrr=1", "trian.steps=4", "train.batch_tokens=-5", "data.seq_len=abc", "optim.schedule=cosin")
+    )
+    for part in (
+        "unknown key optim.lrr: did you mean optim.lr?",
+        "unknown key trian.steps: did you mean train.steps?",
+        "train.batch_tokens is -5",
+        "data.seq_len is 'abc'",
+        "optim.schedule is 'cosin': did you mean cosine?",
+    ):
+        assert part in found
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.batch_tokens=500", "is not a multiple of data.seq_len (64): the nearest is 448 or 512"),
+        ("train.batch_tokens=0", "train.batch_tokens is 0"),
+        ("train.micro_batch_size=3", "which train.micro_batch_size (3) x 1 rank(s) does not divide"),
+        ("train.tokens=1000", "give exactly one of train.steps and train.tokens: found 10 and 1000"),
+        ("train.precision=bf15", "did you mean bf16?"),
+        ("train.engine=zer", "expected one of single"),
+        ("model.variant=13m", "model.variant is '13m': did you mean 130m?"),
+        ("model.d_conv=9", "model.d_conv is 9"),
+        ("model.d_state=1000", "at most 256"),
+        ("model.dt_min=1", "dt_init_floor <= dt_min < dt_max"),
+        ("optim.min_lr=1", "between 0 and optim.lr"),
+        ("optim.beta1=1.0", "below 1"),
+        ("log.sinks=[console,tensorbord]", "did you mean tensorboard?"),
+        ("model=3", "model is a section, not a value"),
+        ("data.path.inner=3", "unknown key data.path.inner: did you mean data.path?"),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last is 0"),
+        ("nonsense", "not of the form key=value"),
+    ],
+)
+def test_impossible_values_are_refused(override: str, expected: str) -> None:
+    assert any(expected in problem for problem in problems(override)), problems(override)
+
+
+def test_the_batch_must_divide_over_ranks() -> None:
+    c.load([], [*SMALL, "train.micro_batch_size=4"], world=2)
+    assert "x 3 rank(s) does not divide" in problems("train.micro_batch_size=4", world=3)[0]
+
+
+def test_later_sources_win_and_the_variant_is_below_all_of_them(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("model: {variant: 130m, n_layer: 3}\ntrain: {steps: 5}\noptim: {lr: 0.5}\n")
+    second.write_text("optim: {lr: 0.25}\n")
+    config = c.load([first, second], ["train.steps=7"])
+    assert (config.model.d_model, config.model.n_layer, config.optim.lr, config.train.steps) == (768, 3, 0.25, 7)
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1\n")
+    with pytest.raises(c.ConfigError) as caught:
+        c.load([tmp_path / "absent.yaml", broken])
+    text = str(caught.value)
+    assert "absent.yaml" in text and f"{broken} is not a YAML mapping" in text
+
+
+def test_a_saved_configuration_loads_back_equal(tmp_path: Path) -> None:
+    config = c.load([], [*SMALL, "log.sinks=[jsonl]", "optim.lr=1.5e-3"])
+    c.save(config, tmp_path / "config.yaml")
+    again = c.load([tmp_path / "config.yaml"])
+    assert again == config
+    assert again.digest() == config.digest()
+    assert c.load([], [*SMALL, "optim.lr=2e-3"]).digest() != config.digest()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    c.load([path])
+
+
+@pytest.mark.parametrize(
+    ("variant", "lr", "batch", "steps"),
+    [
+        ("130m", 3.0e-3, 2**19, 572_205),
+        ("370m", 1.5e-3, 2**19, 572_205),
+        ("790m", 1.25e-3, 2**19, 572_205),
+        ("1.4b", 1.0e-3, 2**20, 286_103),
+        ("2.8b", 4.8e-4, 2**20, 286_103),
+    ],
+)
+def test_presets_are_the_published_recipe(variant: str, lr: float, batch: int, steps: int) -> None:
+    config = c.load([ROOT / "configs/pretrain" / f"{variant}.yaml"])
+    assert (config.optim.lr, config.train.batch_tokens, config.steps) == (lr, batch, steps)
+    assert (config.optim.beta1, config.optim.beta2, config.optim.weight_decay, config.optim.clip_norm) == (
+        0.9,
+        0.95,
+        0.1,
+        1.0,
+    )
+    assert (config.optim.min_lr, config.optim.schedule, config.optim.warmup_fraction) == (1e-5, "cosine", 0.1)
+    assert (config.data.seq_len, config.model.variant, config.model.padded_vocab_size) == (2048, variant, 50280)
