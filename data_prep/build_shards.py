@@ -186,14 +186,7 @@ def parser() -> ArgumentParser:
 
 def body(arguments: Namespace) -> int:
     began = time.perf_counter()
-    corpus = Corpus(
-        arguments.inputs,
-        text_key=arguments.text_key,
-        txt_documents=arguments.txt_documents,
-        on_error=arguments.on_error,
-    )
-    for path in corpus.ignored:
-        print(f"warning: ignored {path}, its extension is unknown", file=sys.stderr)
+    corpus = Corpus.from_arguments(arguments)
     manifest = build(
         corpus,
         load_tokenizer(arguments.tokenizer, eod=arguments.eod),

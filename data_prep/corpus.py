@@ -10,8 +10,9 @@ import gzip
 import hashlib
 import io
 import json
+import sys
 import zlib
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,19 @@ class Corpus:
                 raise CorpusError(f"{path} does not exist")
         if not self.files:
             raise CorpusError(f"nothing to read in {', '.join(map(str, inputs))}: no file ends in {_known()}")
+
+    @classmethod
+    def from_arguments(cls, arguments: Namespace) -> Corpus:
+        """The corpus that the options of `add_arguments` describe; says which files it ignores."""
+        corpus = cls(
+            arguments.inputs,
+            text_key=arguments.text_key,
+            txt_documents=arguments.txt_documents,
+            on_error=arguments.on_error,
+        )
+        for path in corpus.ignored:
+            print(f"warning: ignored {path}, its extension is unknown", file=sys.stderr)
+        return corpus
 
     def _add_directory(self, directory: Path) -> None:
         for path in sorted(directory.iterdir()):
