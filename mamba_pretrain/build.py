@@ -25,7 +25,6 @@ from mamba_pretrain.export.pretrained import Pretrained, read_pretrained
 from mamba_pretrain.model.describe import law_table
 from mamba_pretrain.model.law import audit
 from mamba_pretrain.model.lm import MambaLM
-from mamba_pretrain.optim import decay_by_name, param_groups
 
 log = logging.getLogger("mamba_pretrain")
 
@@ -101,9 +100,8 @@ def build(config: Config) -> Run:
     )
     if resume_from is not None:
         _restore(run, resume_from)
-    decay_of = decay_by_name(param_groups(model.named_parameters(), config.model, config.optim.weight_decay))
-    audit(model.named_parameters(), config.model, decay_of, fresh=fresh)
-    log.info("%s\n", law_table(model, decay_of))
+    audit(model.named_parameters(), config.model, run.engine.decay_of, fresh=fresh)
+    log.info("%s\n", law_table(model, run.engine.decay_of))
     return run
 
 

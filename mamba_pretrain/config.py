@@ -87,9 +87,6 @@ class ModelConfig:
         return int(value)
 
     def problems(self) -> Iterator[str]:
-        for name in ("d_model", "n_layer"):
-            if getattr(self, name) is None:
-                yield f"model.{name} is not set: name a model.variant ({', '.join(VARIANTS)}) or give the number"
         for name in ("d_model", "n_layer", "vocab_size", "d_state", "expand", "dt_rank", "pad_vocab_to_multiple_of"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -268,6 +265,12 @@ class Config:
 def validate(config: Config, world: int = 1) -> list[str]:
     """All reasons why `config` cannot run on `world` ranks; empty when it can."""
     problems = [p for part in _parts(config) for p in part.problems()]
+    if config.train.init_from is None:  # else the shape is that of the weights
+        for name in ("d_model", "n_layer"):
+            if getattr(config.model, name) is None:
+                problems.append(
+                    f"model.{name} is not set: name a model.variant ({', '.join(VARIANTS)}) or give the number"
+                )
     train, seq_len = config.train, config.data.seq_len
     if train.batch_tokens >= 1 and seq_len >= 1 and train.micro_batch_size >= 1:
         if train.batch_tokens % seq_len:

@@ -44,10 +44,6 @@ def param_groups(named: Iterable[tuple[str, nn.Parameter]], model: ModelConfig, 
     return groups
 
 
-def decay_by_name(groups: list[dict[str, Any]]) -> dict[str, float]:
-    return {name: float(group["weight_decay"]) for group in groups for name in group["names"]}
-
-
 class AdamW(torch.optim.AdamW):
     """torch's AdamW, except that the vocabulary's padding rows keep their values.
 

@@ -60,14 +60,14 @@ class Step:
 def run(config: Config) -> int:
     """Trains to the end (exit code 0) or to a signal (EXIT_PREEMPTED, saved). Raises what a user must see."""
     directory = Path(config.run_dir)
-    with _only_run_in(directory), Preemption() as preemption:
+    with only_run_in(directory), Preemption() as preemption:
         this = build(config)
         config, state = this.config, this.state
         config_module.save(config, directory / "config.yaml")
         log.info(
             "step %s of %s, %s tokens each", f"{state.step:,}", f"{config.steps:,}", f"{config.train.batch_tokens:,}"
         )
-        sinks, saver, recent = Sinks(config, directory, state.step), _Saver(this), _Recent()
+        sinks, saver, recent = Sinks(config, directory, state.step), Saver(this), _Recent()
         skipped_in_a_row = 0
         try:
             for step in steps(this):
@@ -187,7 +187,7 @@ class _Recent:
         }
 
 
-class _Saver:
+class Saver:
     """When to save, and what."""
 
     def __init__(self, run: Run) -> None:
@@ -235,7 +235,7 @@ def _note_skip(run: Run, step: Step, in_a_row: int) -> int:
 
 
 @contextlib.contextmanager
-def _only_run_in(directory: Path) -> Iterator[None]:
+def only_run_in(directory: Path) -> Iterator[None]:
     """Makes the run directory and holds its lock: two runs must not write the same checkpoints.
 
     A run that ends before it has written anything leaves no directory.

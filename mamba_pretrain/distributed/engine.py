@@ -17,13 +17,17 @@ class StepResult(NamedTuple):
 
 
 class Engine(Protocol):
-    """Six things a trainer may ask.
+    """What a trainer may ask.
 
     The caller hands over losses that are sums divided by the GLOBAL number of target tokens; the engine SUMS gradients
     over ranks. It keeps no schedule: the learning rate comes with each step.
     """
 
     module: MambaLM
+
+    @property
+    def decay_of(self) -> dict[str, float]:
+        """The weight decay that the optimizer, as it stands, applies to each parameter it knows."""
 
     def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
         """Accumulates gradients. Ranks communicate no earlier than the step's last micro-batch."""

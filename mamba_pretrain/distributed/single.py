@@ -30,6 +30,11 @@ class SingleEngine:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.precision == "fp16")
         self._losses_finite = torch.ones((), dtype=torch.bool, device=self.device)
 
+    @property
+    def decay_of(self) -> dict[str, float]:
+        decay = {id(p): group["weight_decay"] for group in self.optimizer.param_groups for p in group["params"]}
+        return {name: decay[id(p)] for name, p in self.module.named_parameters() if id(p) in decay}
+
     def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
         self._losses_finite &= torch.isfinite(loss.detach())
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]

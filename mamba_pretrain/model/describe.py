@@ -1,4 +1,4 @@
-"""What a configuration means, before it costs anything: sizes, FLOPs, memory, schedule, and the law of each parameter."""
+"""What a configuration means, before it costs anything: sizes, FLOPs, memory, schedule, parameter laws."""
 
 from __future__ import annotations
 
