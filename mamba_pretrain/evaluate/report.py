@@ -92,14 +92,14 @@ def plot_run(run_dir: Path, output_dir: Path) -> list[Path]:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Centred moving average, narrower towards both ends: unlike a trailing one it does not lag behind a falling loss.
+    """Centred moving average: unlike a trailing one it does not lag behind a falling loss.
 
-    What is not finite is passed over.
+    It narrows towards the steep start, and at the flat end averages what there is. What is not finite is passed over.
     """
     half = int(SMOOTHING * len(values) / 2)
     averages = []
     for i in range(len(values)):
-        reach = min(half, i, len(values) - 1 - i)
+        reach = min(half, i)
         near = [v for v in values[i - reach : i + reach + 1] if math.isfinite(v)]
         averages.append(sum(near) / len(near) if near else math.nan)
     return averages
