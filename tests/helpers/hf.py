@@ -10,7 +10,7 @@ sys.modules["mamba_ssm"] = None  # type: ignore[assignment]
 sys.modules["causal_conv1d"] = None  # type: ignore[assignment]
 
 import torch  # noqa: E402
-from transformers import MambaConfig, MambaForCausalLM  # noqa: E402
+from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM  # noqa: E402, F401
 
 from mamba_pretrain.config import ModelConfig  # noqa: E402
 from mamba_pretrain.model.lm import MambaLM  # noqa: E402

@@ -63,6 +63,14 @@ def write_checkpoint(target: Path, model: MambaLM, tokenizer: bytes | None = Non
 
 
 def small_model(**options: Any) -> MambaLM:
-    """Two blocks, 317 tokens padded to 320 rows, and a value in every field that no other format has a place for."""
-    shape = {"d_model": 16, "n_layer": 2, "vocab_size": 317, "d_state": 4, "dt_min": 2e-3, "embedding_std": 0.03}
+    """Two blocks, 320 tokens padded to 336 rows, and values in fields that no other format has a place for."""
+    shape = {
+        "d_model": 16,
+        "n_layer": 2,
+        "vocab_size": 320,
+        "pad_vocab_to_multiple_of": 24,
+        "d_state": 4,
+        "dt_min": 2e-3,
+        "embedding_std": 0.03,
+    }
     return MambaLM(ModelConfig(**shape | options), seed=1)
