@@ -1,0 +1,131 @@
+"""The batches depend on the seed and the sample counter, and on nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from mamba_pretrain.data.loader import Batch, WindowDataset, batches
+from mamba_pretrain.data.order import window_at
+from mamba_pretrain.data.shards import ShardError, open_split
+from tests.helpers.corpora import make_dataset
+
+SEQ_LEN = 128
+KEYS = ("input_ids", "labels", "seq_idx", "samples")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> WindowDataset:
+    shard, _ = open_split(make_dataset(tmp_path_factory.mktemp("loader") / "data"), "train")
+    return WindowDataset(shard, SEQ_LEN, seed=3, vocab_size=257)
+
+
+def take(dataset: WindowDataset, n: int, *, first: int = 0, size: int = 4, rank=0, world=1, workers=0) -> list[Batch]:
+    found = batches(dataset, micro_batch_size=size, first_sample=first, rank=rank, world=world, workers=workers)
+    return list(islice(found, n))
+
+
+def test_batches_have_the_promised_shapes_and_types(dataset: WindowDataset) -> None:
+    (batch,) = take(dataset, 1)
+    assert {key: (tuple(x.shape), x.dtype) for key, x in batch.items()} == {
+        "input_ids": ((4, SEQ_LEN), torch.int64),
+        "labels": ((4, SEQ_LEN), torch.int64),
+        "seq_idx": ((4, SEQ_LEN), torch.int32),
+        "samples": ((4,), torch.int64),
+    }
+
+
+def test_rows_are_the_windows_of_the_order(dataset: WindowDataset) -> None:
+    n = 3 * dataset.n_windows
+    rows = torch.cat([batch["input_ids"] for batch in take(dataset, n, size=1)])
+    for sample in range(n):
+        _, index = window_at(sample, dataset.n_windows, 3)
+        expected = dataset.shard.tokens(index * SEQ_LEN, (index + 1) * SEQ_LEN)
+        assert rows[sample].tolist() == expected.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_global_batches_are_the_same_for_any_world_and_workers(
+    dataset: WindowDataset, world: int, workers: int
+) -> None:
+    reference = take(dataset, 16)  # 64 samples, over an epoch
+    assert dataset.n_windows < 64
+    ranks = [take(dataset, 16, size=4 // world, rank=rank, world=world, workers=workers) for rank in range(world)]
+    for step, expected in enumerate(reference):
+        merged = {key: torch.cat([rank[step][key] for rank in ranks]) for key in KEYS}
+        order = merged["samples"].argsort()
+        for key in KEYS:
+            assert torch.equal(merged[key][order], expected[key])
+
+
+@pytest.mark.parametrize("first", [4, 20, 60])
+def test_resuming_at_a_counter_is_going_on(dataset: WindowDataset, first: int) -> None:
+    whole = take(dataset, 20)
+    for expected, found in zip(whole[first // 4 :], take(dataset, 20 - first // 4, first=first), strict=True):
+        assert all(torch.equal(expected[key], found[key]) for key in KEYS)
+
+
+def test_resuming_on_another_number_of_ranks_loses_and_repeats_nothing(dataset: WindowDataset) -> None:
+    first = 10  # not a multiple of the new world
+    ranks = [take(dataset, 5, first=first, size=1, rank=rank, world=4) for rank in range(4)]
+    samples = sorted(int(batch["samples"]) for rank in ranks for batch in rank)
+    assert samples == list(range(first, first + 20))
+
+
+def test_too_little_data_for_one_window_is_an_error(dataset: WindowDataset) -> None:
+    n = dataset.shard.n_tokens
+    with pytest.raises(ShardError, match=f"{n:,} tokens, fewer than one window of {n:,} and its last label"):
+        WindowDataset(dataset.shard, n, seed=0, vocab_size=257)
+    assert WindowDataset(dataset.shard, n - 1, seed=0, vocab_size=257).n_windows == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_token_is_named_even_by_a_worker(dataset: WindowDataset, workers: int) -> None:
+    small = WindowDataset(dataset.shard, SEQ_LEN, seed=0, vocab_size=200)
+    with pytest.raises(ShardError, match=r"train\.bin has token id 256 at position"):
+        take(small, 1, workers=workers)
+
+
+SCRIPT = """
+import signal, sys
+from mamba_pretrain.data.loader import WindowDataset, batches
+from mamba_pretrain.data.shards import open_split
+stopped = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: stopped.append(1))
+shard, _ = open_split(sys.argv[1], "train")
+running = batches(WindowDataset(shard, 64, 0, 257), micro_batch_size=2, first_sample=0, rank=0, world=1, workers=2)
+for i, _ in enumerate(running):
+    if i == 3: print("ready", flush=True)
+    if stopped: break
+for _ in range(20): next(running)
+print("finished", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_is_the_parents_alone(tmp_path: Path, number: signal.Signals) -> None:
+    """As from a terminal or Slurm: workers stay, the parent finishes its step, and the iterator still alive at exit
+    does not keep the interpreter from leaving."""
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, make_dataset(tmp_path / "data")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (0, "finished\n", "")

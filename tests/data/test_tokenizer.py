@@ -1,0 +1,164 @@
+"""Encoding loses nothing and finds no special tokens; every kind of file is told from a damaged one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from data_prep.train_tokenizer import train
+from mamba_pretrain.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from tests.helpers.corpora import make_documents
+
+AWKWARD = [
+    "",
+    " ",
+    "  two  spaces ",
+    "\ttabs\t\tand\nnew\r\nlines\n\n",
+    "def f(x):\n    return x\n",
+    "emoji \U0001f600\U0001f468\u200d\U0001f469 \u00e9 e\u0301 \u4e2d\u6587",
+    "\u2581 the mark of SentencePiece \u2581\u2581",
+    "nul \x00 and \ufeff \ufffd \u2585 \u2047",
+    "<s> </s> <unk> <0x41> <|endoftext|>",
+]
+
+
+def byte_level(specials: list[str]) -> tokenizers.Tokenizer:
+    """Of GPT-NeoX's make: byte-level BPE, an added token that is not special, and special ones."""
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(make_documents(50), trainer)
+    model.add_tokens(["    "])
+    return model
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("tokenizers")
+    for kind in ("unigram", "bpe"):
+        content = train([*make_documents(100), *AWKWARD], kind=kind, vocab_size=320, character_coverage=0.999)
+        (directory / f"{kind}.model").write_bytes(content)
+    byte_level(["<|endoftext|>", "<|padding|>"]).save(str(directory / "tokenizer.json"))
+    return {
+        "unigram": directory / "unigram.model",
+        "bpe": directory / "bpe.model",
+        "neox": directory / "tokenizer.json",
+    }
+
+
+@pytest.fixture(scope="module", params=["bytes", "unigram", "bpe", "neox"])
+def tokenizer(request: pytest.FixtureRequest, files: dict[str, Path]) -> Tokenizer:
+    return load_tokenizer(files.get(request.param, request.param))
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_decoding_returns_every_byte(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode_bytes(tokenizer.encode(text)) == text.encode()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@settings(deadline=None, max_examples=150)
+@given(text=st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\t\u2581<>|s/"))))
+def test_decoding_returns_any_text(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_text_that_spells_a_special_token_is_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a<|endoftext|></s><s><unk><|padding|>")
+    assert not {tokenizer.eod_id, tokenizer.bos_id} & set(ids)
+    assert max(ids) < tokenizer.vocab_size
+
+
+def test_special_tokens_decode_to_nothing(tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.bos_id, *tokenizer.encode("the river"), tokenizer.eod_id]
+    assert tokenizer.decode(ids) == "the river"
+
+
+def test_pieces_of_a_character_join(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("\U0001f600")
+    assert tokenizer.decode_bytes(ids[:2]) + tokenizer.decode_bytes(ids[2:]) == b"\xf0\x9f\x98\x80"
+    assert "\ufffd" in tokenizer.decode(ids[:1])
+
+
+def test_ids_outside_the_vocabulary_are_named(tokenizer: Tokenizer) -> None:
+    for wrong in (-1, tokenizer.vocab_size):
+        with pytest.raises(TokenizerError, match=f"token id {wrong} is outside"):
+            tokenizer.decode([5, wrong])
+
+
+def test_saved_tokenizers_are_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert (again.kind, again.sha256, again.bos_id, again.eod_id) == (
+        tokenizer.kind,
+        tokenizer.sha256,
+        tokenizer.bos_id,
+        tokenizer.eod_id,
+    )
+    assert again.encode(AWKWARD[4]) == tokenizer.encode(AWKWARD[4])
+
+
+def test_neox_has_one_token_for_begin_and_end_and_uses_added_whitespace(files: dict[str, Path]) -> None:
+    neox = load_tokenizer(files["neox"])
+    assert (neox.eod_id, neox.bos_id) == (0, 0)
+    assert neox.vocab_size - 1 in neox.encode("a    b")
+
+
+def test_sentencepiece_ids_are_fixed(files: dict[str, Path]) -> None:
+    model = load_tokenizer(files["unigram"])
+    assert (model.bos_id, model.eod_id, model.vocab_size) == (1, 2, 320)
+
+
+def test_an_unclear_end_of_document_lists_candidates_and_takes_an_answer(tmp_path: Path) -> None:
+    byte_level(["</s>", "<|endoftext|>"]).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match=r"candidates are \['<\|endoftext\|>', '</s>'\]; pass the right"):
+        load_tokenizer(tmp_path)
+    chosen = load_tokenizer(tmp_path, eod="</s>")
+    assert chosen.eod_id == 0
+    (tmp_path / "saved").mkdir()
+    chosen.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").eod_id == 0
+    with pytest.raises(TokenizerError, match="has no token '<nope>'"):
+        load_tokenizer(tmp_path, eod="<nope>")
+
+
+def test_token_names_beside_the_file_are_believed(tmp_path: Path) -> None:
+    byte_level(["</s>", "<|endoftext|>", "<s>"]).save(str(tmp_path / "tokenizer.json"))
+    config = {"eos_token": {"content": "</s>", "lstrip": False}, "bos_token": "<s>", "model_max_length": 5}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    found = load_tokenizer(tmp_path)
+    assert (found.eod_id, found.bos_id) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.model", b"rubbish", "not a SentencePiece model"),
+        ("a.model", b"", "model without pieces"),
+        ("a.json", b"{}", "not a tokenizer.json"),
+        ("a.json", b"\xff", "not a tokenizer.json"),
+        ("a.bin", b"x", "no tokenizer this program knows"),
+        ("tokenizer.bytes", b"x", "no tokenizer this program knows"),
+    ],
+)
+def test_files_that_are_no_tokenizer_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TokenizerError, match=message):
+        load_tokenizer(tmp_path / name)
+
+
+def test_missing_tokenizers_are_named(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="gone.model does not exist"):
+        load_tokenizer(tmp_path / "gone.model")
+    with pytest.raises(TokenizerError, match="holds no tokenizer; expected one of"):
+        load_tokenizer(tmp_path)
