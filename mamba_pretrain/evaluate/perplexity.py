@@ -234,7 +234,7 @@ def _lane_window(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32], NDArray[np.bool_]]:
     """Tokens [offset, offset + size) of a lane: ids, labels, document numbers and where documents begin, each (size,).
 
-    What lies beyond the lane's end is padding: a document of its own, without labels.
+    What lies beyond the lane's end is padding without labels, read when nothing of the lane is left to score.
     """
     start = min(span[0] + offset, span[1])
     stop, beyond = min(start + size, span[1]), min(start + size + 1, span[1])
@@ -246,7 +246,6 @@ def _lane_window(
         )
     begins = np.zeros(size + 1, np.bool_)
     begins[shard.document_starts(start, beyond) - start] = True
-    begins[span[1] - start : span[1] - start + 1] = True  # the padding, if it begins in this window
     ids, labels = np.zeros(size, np.int64), np.full(size, IGNORE, np.int64)
     ids[: stop - start] = tokens[: stop - start]
     predicted = max(len(tokens) - 1, 0)

@@ -40,7 +40,8 @@ def test_gradcheck() -> None:
 
 def test_small_updates_survive_in_bf16() -> None:
     """A bf16 stream at 1.0 swallows every update below 2^-8; ours adds sixty-four of them up."""
-    stream, weight = torch.ones(1, 1, 8), torch.ones(8)
+    weight = torch.ones(8)
+    _, stream = add_rms_norm(torch.ones(1, 1, 8, dtype=torch.bfloat16), None, weight, EPS)
     update = torch.full((1, 1, 8), 2**-10, dtype=torch.bfloat16)
     for _ in range(64):
         y, stream = add_rms_norm(update, stream, weight, EPS)

@@ -113,16 +113,24 @@ def test_never_holds_all_logits() -> None:
     """At the real vocabulary, forward and backward: 2,048 positions would be 393 MiB of logits."""
     positions, vocab = 2048, 50280
     hidden, weight, labels = draw(1, positions, 4, vocab, vocab - 3, torch.float32)
-    with LargestTensor() as forward:
+    kept = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    with LargestTensor() as forward, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = linear_cross_entropy(hidden, weight, labels, vocab - 3)
     with LargestTensor() as backward:
         loss.backward()
     assert backward.elements >= cross_entropy.CHUNK_BYTES // 4 - vocab, "the recorder does not see the backward"
     assert max(forward.elements, backward.elements) * 4 <= cross_entropy.CHUNK_BYTES
+    assert kept < positions * vocab // 50, "the forward keeps logits for the backward"
     assert positions * vocab > 6 * max(forward.elements, backward.elements)
 
 
-def test_the_recorder_sees_all_logits_where_they_are_held() -> None:
+def test_the_recorder_sees_all_logits_where_they_are() -> None:
     hidden, weight, labels = draw(1, 64, 4, 100, 100)
     with LargestTensor() as mode:
         on_all_logits(hidden, weight, labels, 100)

@@ -143,3 +143,19 @@ def test_gradients_do_not_change_the_forward() -> None:
     due = run(selective_scan, inputs, None)
     assert torch.equal(y, due[0])
     assert torch.equal(h, due[1])
+
+
+def test_backward_keeps_one_state_a_chunk() -> None:
+    """All states of a long sequence would be the largest thing in memory: N times the activations."""
+    length, inner, state = 1024, 8, 16
+    leaves = [x.requires_grad_() for x in draw(1, length, inner, state)[:8]]
+    kept = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        selective_scan(*leaves)
+    assert kept < length * inner * state
