@@ -127,12 +127,13 @@ def build(
 
 
 def _with_progress(documents: Iterator[Encoded]) -> Iterator[Encoded]:
+    began = time.perf_counter()
     with tqdm(unit="B", unit_scale=True, disable=None) as bar:  # None: silent where stderr is no terminal
         for n, encoded in enumerate(documents, start=1):
             yield encoded
             bar.update(encoded.text_bytes)
             if n % 1000 == 0:
-                bar.set_postfix_str(f"{n / bar.format_dict['elapsed']:,.0f} documents/s", refresh=False)
+                bar.set_postfix_str(f"{n / (time.perf_counter() - began):,.0f} documents/s", refresh=False)
 
 
 def _require_training_data(documents: dict[str, int], corpus: Corpus) -> None:

@@ -1,0 +1,310 @@
+"""The commands, end to end: what they write, what they refuse, and what a kill or a full disk leaves behind."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_prep import build_shards, show_shards, train_tokenizer, verify_shards
+from mamba_pretrain.data.shards import Manifest, open_split
+from mamba_pretrain.data.tokenizer import load_tokenizer
+from tests.helpers.corpora import make_dataset, make_documents, write_jsonl
+
+ROOT = Path(__file__).parents[2]
+FRACTIONS = ["--split-fractions", "0.7", "0.2", "0.1"]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "corpus.jsonl", make_documents(200))
+
+
+def build(corpus: Path, output: Path, *options: str, tokenizer: str | Path = "bytes") -> int:
+    return build_shards.main([str(corpus), "--tokenizer", str(tokenizer), "--output", str(output), *options])
+
+
+def texts(dataset: Path, split: str) -> list[str]:
+    shard, _ = open_split(dataset, split)
+    tokenizer = load_tokenizer(dataset)
+    return [tokenizer.decode(shard.tokens(*shard.document_bounds(j)).tolist()) for j in range(shard.n_documents)]
+
+
+def test_every_document_is_in_one_split_between_bos_and_eod(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "data"
+    assert build(corpus, output, *FRACTIONS) == 0
+    found = {split: texts(output, split) for split in ("train", "validation", "test")}
+    assert sorted(itertools.chain(*found.values())) == sorted(make_documents(200))
+    manifest = Manifest.read(output)
+    for split, documents in found.items():
+        info, (shard, _) = manifest.splits[split], open_split(output, split)
+        assert info.documents == len(documents) > 0
+        assert info.text_bytes == sum(len(text.encode()) for text in documents)
+        assert info.words == sum(len(text.split()) for text in documents)
+        assert info.tokens == info.text_bytes + 2 * info.documents
+        assert shard.tokens(0, 1).tolist() == [256]
+        for name, file in info.files.items():
+            assert hashlib.sha256((output / name).read_bytes()).hexdigest() == file.sha256
+    table = capsys.readouterr().out
+    assert "documents" in table and f"{manifest.splits['train'].tokens:,}" in table
+
+
+def test_without_bos_documents_only_end(corpus: Path, tmp_path: Path) -> None:
+    assert build(corpus, tmp_path / "data", "--no-bos", *FRACTIONS) == 0
+    shard, manifest = open_split(tmp_path / "data", "train")
+    ends = shard.tokens(0, shard.n_tokens).tolist().count(256)
+    assert (manifest.adds_bos, ends) == (False, shard.n_documents)
+
+
+def test_identical_documents_share_a_split(tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(50) * 3)
+    build(corpus, tmp_path / "data", *FRACTIONS)
+    found = [set(texts(tmp_path / "data", split)) for split in ("train", "validation", "test")]
+    assert sum(map(len, found)) == len(set.union(*found)) == 50
+
+
+def test_the_same_input_gives_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        build(corpus, tmp_path / name, *FRACTIONS)
+    for path in (tmp_path / "a").iterdir():
+        if path.name != "manifest.json":
+            assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_skipped_and_empty_records_are_in_the_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", ["", *make_documents(20)])
+    with corpus.open("a") as stream:
+        stream.write("{bad\n")
+    assert build(corpus, tmp_path / "data", *FRACTIONS) == 2
+    assert "corpus.jsonl:22: not JSON" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [corpus]
+    assert build(corpus, tmp_path / "data", "--on-error", "skip", *FRACTIONS) == 0
+    manifest = Manifest.read(tmp_path / "data")
+    assert (manifest.skipped_records, manifest.empty_documents) == (1, 1)
+    assert "1 invalid records were left out" in capsys.readouterr().out
+
+
+def test_a_lossy_tokenizer_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import tokenizers  # a byte-level model that composes accents, as GPT-NeoX's does
+
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.normalizer = tokenizers.normalizers.NFC()
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator([], trainer)
+    model.save(str(tmp_path / "tokenizer.json"))
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", ["composed \u00e9", "decomposed e\u0301"])
+    options = ("--split-fractions", "1", "0", "0")
+    assert build(corpus, tmp_path / "data", *options, tokenizer=tmp_path / "tokenizer.json") == 0
+    assert Manifest.read(tmp_path / "data").not_round_trip == 1
+    assert "the tokenizer loses text" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--split-fractions", "0.5", "0.1", "0.1"], "add up to 1"),
+        (["--tokenizer", "gone.model"], "gone.model does not exist"),
+        (["--text-key", "body"], "no key 'body'"),
+    ],
+)
+def test_user_errors_are_one_message(
+    corpus: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build(corpus, tmp_path / "data", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("python -m data_prep.build_shards: error: ") and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [corpus]
+
+
+def test_an_existing_output_is_replaced_only_on_request(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = make_dataset(tmp_path / "data")
+    before = Manifest.read(output)
+    assert build(corpus, output, *FRACTIONS) == 2
+    assert "exists; choose another output, or pass --overwrite" in capsys.readouterr().err
+    assert Manifest.read(output) == before
+    assert build(corpus, output, "--overwrite", *FRACTIONS) == 0
+    assert Manifest.read(output).sources[0].path == str(corpus)
+
+
+def test_an_empty_split_warns_and_an_empty_train_split_stops(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", ["one document"])
+    codes = [
+        build(corpus, tmp_path / f"{i}", "--seed", str(i), "--split-fractions", "0.5", "0.5", "0") for i in range(8)
+    ]
+    captured = capsys.readouterr()
+    assert set(codes) == {0, 2}
+    assert captured.out.count("warning: the validation split is empty") == codes.count(0)
+    assert captured.err.count("the train split is empty, the documents fell like this") == codes.count(2)
+    assert [(tmp_path / f"{i}").exists() for i in range(8)] == [code == 0 for code in codes]
+
+
+def test_no_documents_at_all_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build(write_jsonl(tmp_path / "corpus.jsonl", ["", ""]), tmp_path / "data") == 2
+    assert "no documents in 1 files: 2 records are empty" in capsys.readouterr().err
+
+
+def run(*command: str, **options: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
+        [sys.executable, *command], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    )
+
+
+def test_a_killed_build_leaves_no_output_and_the_next_one_works(tmp_path: Path) -> None:
+    corpus, output = write_jsonl(tmp_path / "corpus.jsonl", make_documents(100_000)), tmp_path / "out" / "data"
+    process = run("-m", "data_prep.build_shards", str(corpus), "--tokenizer", "bytes", "--output", str(output))
+    deadline = time.monotonic() + 30
+    while not any(p.stat().st_size for p in output.parent.glob("data.tmp-*/train.bin")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not output.exists() and len(list(output.parent.iterdir())) == 1
+    write_jsonl(corpus, make_documents(100))
+    assert build(corpus, output) == 0
+    assert list(output.parent.iterdir()) == [output]
+    assert verify_shards.main([str(output)]) == 0
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    corpus, output = write_jsonl(tmp_path / "corpus.jsonl", make_documents(30_000)), tmp_path / "out" / "data"
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20));"
+        "from data_prep.build_shards import main; sys.exit(main(sys.argv[1:]))"
+    )
+    process = run("-c", limited, str(corpus), "--tokenizer", "bytes", "--output", str(output))
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "the disk is full (File too large)" in error
+    assert "MB written so far, and" in error and "MB are free" in error and "Free space" in error
+    assert error.count("\n") == 1
+    assert list(output.parent.iterdir()) == []
+
+
+def test_verify_lists_problems_and_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = make_dataset(tmp_path / "data")
+    assert verify_shards.main([str(dataset)]) == 0
+    content = bytearray((dataset / "train.bin").read_bytes())
+    content[10] ^= 4
+    (dataset / "train.bin").write_bytes(content)
+    (dataset / "validation.idx").unlink()
+    capsys.readouterr()
+    assert verify_shards.main([str(dataset)]) == 1
+    out = capsys.readouterr().out
+    assert "train.bin has sha256" in out and "validation.idx is missing" in out
+    assert verify_shards.main([str(dataset), "--split", "train"]) == 1
+    assert verify_shards.main([str(tmp_path / "gone")]) == 2
+
+
+def test_show_prints_table_documents_and_lengths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    documents = ["alpha", "beta " * 10, "gamma"]
+    dataset = str(make_dataset(tmp_path / "data", documents=documents, fractions=(1, 0, 0)))
+    assert show_shards.main([dataset]) == 0
+    assert "tokenizer: bytes, 257 ids, bos 256, eod 256" in capsys.readouterr().out
+    assert show_shards.main([dataset, "--document", "1", "--count", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "train document 1, tokens 7 to 59 (52)\n" + documents[1] in out and "gamma" in out and "alpha" not in out
+    assert show_shards.main([dataset, "--lengths"]) == 0
+    rows = [line.split()[:4] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert rows == [["4", "-", "7", "2"], ["8", "-", "15", "0"], ["16", "-", "31", "0"], ["32", "-", "63", "1"]]
+    assert show_shards.main([dataset, "--document", "3"]) == 2
+    assert "it has 3, from 0 on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_a_trained_tokenizer_is_the_same_every_time_and_builds_shards(corpus: Path, tmp_path: Path, kind: str) -> None:
+    for name in ("a", "b"):
+        options = ["--vocab-size", "300", "--model-type", kind, "--output", str(tmp_path / name / "t.model")]
+        assert train_tokenizer.main([str(corpus), *options, *FRACTIONS]) == 0
+    assert (tmp_path / "a" / "t.model").read_bytes() == (tmp_path / "b" / "t.model").read_bytes()
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["t.model", "t.vocab"]
+    assert build(corpus, tmp_path / "data", *FRACTIONS, tokenizer=tmp_path / "a" / "t.model") == 0
+    manifest = Manifest.read(tmp_path / "data")
+    assert (manifest.tokenizer.vocab_size, manifest.tokenizer.bos_id, manifest.tokenizer.eod_id) == (300, 1, 2)
+    assert manifest.not_round_trip == 0
+    assert set(texts(tmp_path / "data", "test")) <= set(make_documents(200))
+
+
+def test_the_tokenizer_learns_from_the_train_split_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(200))
+    seen: list[str] = []
+
+    def spy(texts: list[str], **_: object) -> bytes:
+        seen.extend(texts)
+        raise train_tokenizer.TokenizerError("seen enough")
+
+    monkeypatch.setattr(train_tokenizer, "train", spy)
+    arguments = [str(corpus), "--vocab-size", "300", "--output", str(tmp_path / "t.model"), *FRACTIONS]
+    assert train_tokenizer.main(arguments) == 2
+    build(corpus, tmp_path / "data", *FRACTIONS)
+    assert sorted(seen) == sorted(texts(tmp_path / "data", "train"))
+    seen.clear()
+    train_tokenizer.main([*arguments, "--max-sentences", "10"])
+    assert len(seen) == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--vocab-size", "50000", "--output", "t.model"],
+            "Vocabulary size too high (50000). Please set it to",
+        ),
+        (["--vocab-size", "100", "--output", "t.model"], "Vocabulary size is smaller than required_chars"),
+        (["--vocab-size", "300", "--output", "t.json"], "ends in .model"),
+    ],
+)
+def test_tokenizer_errors_are_one_message(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    message: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train_tokenizer.main([str(corpus), *options]) == 2
+    error = capfd.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [corpus]
+
+
+COMMANDS = ["build_shards", "show_shards", "train_tokenizer", "verify_shards"]
+
+
+def test_the_commands_never_import_torch() -> None:
+    names = ", ".join(f"data_prep.{name}" for name in COMMANDS)
+    process = run("-c", f"import sys, {names}; sys.exit('torch' in sys.modules)")
+    assert (process.wait(timeout=60), process.communicate()[1]) == (0, "")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_teaches_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module = sys.modules[f"data_prep.{name}"]
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    assert stop.value.code == 0
+    assert f"    python -m data_prep.{name} " in capsys.readouterr().out
+
+
+def test_the_vendored_corpora_build(tmp_path: Path) -> None:
+    for name, documents, text_bytes in (("sotu.jsonl.gz", 78, 2_845_390), ("lambda_phage.fa.gz", 1, 48_502)):
+        assert build(ROOT / "corpora" / name, tmp_path / name, "--split-fractions", "1", "0", "0") == 0
+        info = Manifest.read(tmp_path / name).splits["train"]
+        assert (info.documents, info.text_bytes) == (documents, text_bytes)
