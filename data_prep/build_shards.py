@@ -20,9 +20,10 @@ from tqdm import tqdm
 import mamba_pretrain
 from data_prep.command import new_parser, run
 from data_prep.corpus import Corpus, CorpusError, Document, add_split_arguments, split_of, split_rule
-from mamba_pretrain.data.shards import Manifest, SplitInfo, SplitRule, TokenizerInfo
+from mamba_pretrain.data.shards import Manifest, ShardError, SplitInfo, SplitRule, TokenizerInfo
 from mamba_pretrain.data.tokenizer import Tokenizer, load_tokenizer
-from mamba_pretrain.data.writer import ShardWriter, atomic_directory
+from mamba_pretrain.data.writer import ShardWriter
+from mamba_pretrain.files import atomic_directory
 
 DESCRIPTION = """\
 Tokenize corpora into a dataset directory of train, validation and test shards (Megatron's .bin and .idx),
@@ -73,7 +74,7 @@ def build(
     command: Sequence[str] = (),
 ) -> Manifest:
     """Writes the dataset `output` and returns its manifest. Raises CorpusError, ShardError; then nothing is left."""
-    with atomic_directory(output, overwrite=overwrite) as scratch:
+    with atomic_directory(output, error=ShardError, overwrite=overwrite) as scratch:
         counts = {split: Counts() for split in rule.fractions}
         not_round_trip = 0
         with ExitStack() as stack:

@@ -16,21 +16,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mamba_pretrain import __version__
 from mamba_pretrain import config as config_module
 from mamba_pretrain.config import Config
+from mamba_pretrain.files import atomic_directory, sync
 
 FORMAT, VERSION = "mamba_pretrain.checkpoint", 1
 MANIFEST, MODEL, OPTIMIZER, STATE, CONFIG = (
@@ -47,40 +45,6 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, incomplete, damaged or of another run; the message says which and what to do."""
 
 
-@contextmanager
-def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yields a temporary directory beside `target`, and renames it to `target` when the block ends well.
-
-    After an exception nothing is left behind, and a full disk is named as such. An existing target is refused before
-    any work, unless `overwrite`: then it is replaced once the new one is complete.
-    """
-    if target.exists() and not overwrite:
-        raise CheckpointError(f"{target} exists already: choose another place, or ask to overwrite it")
-    temporary = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of an earlier run that was killed
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in sorted(temporary.iterdir()):
-            _fsync(path)
-        _fsync(temporary)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-        _fsync(target.parent)
-    except BaseException as error:
-        written = sum(p.stat().st_size for p in temporary.rglob("*") if p.is_file()) if temporary.exists() else 0
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError):
-            free = shutil.disk_usage(target.parent).free if target.parent.exists() else 0
-            raise CheckpointError(
-                f"cannot write {target}: {error}. {written / 2**20:.1f} MiB had been written, {free / 2**20:.1f} MiB "
-                "are free now that they are removed again. Make room (or raise the file size limit) and start again; "
-                "earlier checkpoints are untouched."
-            ) from error
-        raise
-
-
 def write(
     target: Path,
     config: Config,
@@ -93,12 +57,12 @@ def write(
 
     `facts` goes into the manifest as it is: step, data fingerprint and the like.
     """
-    with atomic_directory(target, overwrite=overwrite) as directory:
+    with atomic_directory(target, error=CheckpointError, overwrite=overwrite) as directory:
         write_files(directory)
         config_module.save(config, directory / CONFIG)
         files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(directory.iterdir())}
         for name in files:
-            _fsync(directory / name)  # before the manifest that vouches for them
+            sync(directory / name)  # before the manifest that vouches for them
         manifest = {"format": FORMAT, "version": VERSION, "made_by": f"mamba_pretrain {__version__}", **facts}
         (directory / MANIFEST).write_text(json.dumps({**manifest, "files": files}, indent=1) + "\n")
 
@@ -160,9 +124,10 @@ def step_directory(directory: Path, step: int) -> Path:
 def rotate(directory: Path, *, keep_last: int, keep_every_steps: int) -> list[Path]:
     """Deletes all but the newest `keep_last` checkpoints and those at multiples of `keep_every_steps` (0: none).
 
-    Each is renamed first, so that a kill leaves no half-deleted directory under a checkpoint's name.
+    Each is renamed first, so that a kill leaves no half-deleted directory under a checkpoint's name. To be called by
+    the only process that writes here, and not while it writes.
     """
-    for leftover in directory.glob("step_*.deleting"):
+    for leftover in (*directory.glob("step_*.deleting"), *directory.glob("step_*.tmp-*")):  # of killed processes
         shutil.rmtree(leftover)
     doomed = [
         path
@@ -182,11 +147,3 @@ def sha256(path: Path) -> str:
 def _complete_siblings(directory: Path) -> str:
     others = [p.name for p in checkpoints(directory.parent) if p != directory]
     return f" (complete ones beside it: {', '.join(others)})" if others else " (there is no complete one beside it)"
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -170,7 +170,9 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def configured(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--config", action="append", default=[], metavar="YAML", help="may be repeated; later files win")
+        sub.add_argument(
+            "--config", action="append", default=[], metavar="YAML", help="may be repeated; later files win"
+        )
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="options above the files: optim.lr=1e-3")
 
     def modelled(sub: argparse.ArgumentParser) -> None:

@@ -150,7 +150,6 @@ def _evaluate(run: Run) -> Iterator[dict[str, Any]]:
         max_windows=config.eval.max_windows,
         precision=config.train.precision,
     )
-    run.engine.module.train()
     figures = {"loss": result.nats_per_token, "perplexity": result.perplexity}
     yield {"kind": "eval", "step": run.state.step, "tokens": run.state.tokens, **figures}
 

@@ -1,25 +1,18 @@
-"""Writing shards: one split at a time into files, and all files at once into a dataset directory."""
+"""Writing shards, one split at a time."""
 
 from __future__ import annotations
 
 import array
 import contextlib
-import errno
 import hashlib
-import os
-import shutil
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mamba_pretrain.data.shards import BLOCK_BYTES, DTYPES, HEADER, MAGIC, VERSION, FileInfo, ShardError
-
-DISK_FULL: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -115,80 +108,3 @@ class _HashedFile:
         # The flush that failed fails again; the exception on its way out is the one to see.
         with contextlib.suppress(OSError):
             self._stream.close()
-
-
-@contextlib.contextmanager
-def atomic_directory(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A scratch directory that becomes `output`, complete and synced to disk, if the block ends well.
-
-    Otherwise nothing is left, and an `output` that was there before is untouched. A killed process leaves its scratch
-    directory, `OUTPUT.tmp-HOST-PID`; the next one with the same output on the same host removes it. Raises ShardError
-    where `output` exists and `overwrite` is false, and where the disk is full.
-    """
-    output = Path(os.path.abspath(output))
-    _sweep(output)
-    if output.exists() and not overwrite:
-        raise ShardError(f"{output} exists; choose another output, or pass --overwrite to replace it")
-    if output.exists() and not output.is_dir():
-        raise ShardError(f"{output} is a file; the output is a directory")
-    scratch, old = _sibling(output, "tmp"), _sibling(output, "old")
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-        for path in (*sorted(scratch.iterdir()), scratch):
-            _sync(path)
-        if output.exists():
-            output.rename(old)
-        scratch.rename(output)
-        _sync(output.parent)
-        if old.exists():
-            shutil.rmtree(old)
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        written = sum(file.stat().st_size for file in scratch.iterdir())
-        free = shutil.disk_usage(output.parent).free
-        raise ShardError(
-            f"the disk is full ({error.strerror}): {output} needs more than the {written / 1e6:,.1f} MB written so "
-            f"far, and {free / 1e6:,.1f} MB are free on its file system (a quota or ulimit -f may allow less). The "
-            "partial output was removed. Free space, or choose an output elsewhere"
-        ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _sibling(output: Path, role: str) -> Path:
-    # The host is in the name because a process id says nothing about the other nodes that share the file system.
-    return output.with_name(f"{output.name}.{role}-{socket.gethostname()}-{os.getpid()}")
-
-
-def _sweep(output: Path) -> None:
-    """Undoes what processes of this host that are dead by now left beside `output`."""
-    for role in ("old", "tmp"):
-        stem = f"{output.name}.{role}-{socket.gethostname()}-"
-        for path in output.parent.glob("*") if output.parent.is_dir() else ():
-            pid = path.name.removeprefix(stem)
-            if not path.name.startswith(stem) or not pid.isdecimal() or (_alive(int(pid)) and int(pid) != os.getpid()):
-                continue
-            if role == "old" and not output.exists():  # killed between the two renames: the old dataset is the dataset
-                path.rename(output)
-            else:
-                shutil.rmtree(path)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -30,10 +30,9 @@ from mamba_pretrain.data.packing import IGNORE, n_windows
 from mamba_pretrain.data.packing import window as read_window
 from mamba_pretrain.data.shards import Shard
 from mamba_pretrain.data.tokenizer import Tokenizer
+from mamba_pretrain.distributed.env import DTYPES, autocast
 from mamba_pretrain.model.block import MambaState
 from mamba_pretrain.model.lm import MambaLM
-
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class EvaluationError(ValueError):
@@ -256,13 +255,12 @@ def _lane_window(
 @contextmanager
 def _evaluating(model: MambaLM, precision: str) -> Iterator[None]:
     """Evaluation mode without gradients, matrix products in `precision`; afterwards the model is as it was."""
-    if precision not in AUTOCAST:
-        raise EvaluationError(f"precision is {precision!r}: expected one of {', '.join(AUTOCAST)}")
-    dtype, was_training = AUTOCAST[precision], model.training
-    device = next(model.parameters()).device.type
+    if precision not in DTYPES:
+        raise EvaluationError(f"precision is {precision!r}: expected one of {', '.join(DTYPES)}")
+    was_training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
-        with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype is not None):
+        with torch.inference_mode(), autocast(precision, device):
             yield
     finally:
         model.train(was_training)

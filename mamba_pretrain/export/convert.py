@@ -23,6 +23,7 @@ from mamba_pretrain.export.pretrained import (
     detect_format,
     read_pretrained,
 )
+from mamba_pretrain.files import atomic_directory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Fewer than 1 in 100 bytes of a model, and the only ones that a 16-bit dtype harms: the time constants. Both readers
@@ -67,7 +68,7 @@ def export_checkpoint(
         return
     config = formats.to_hf(pretrained.config) if to == formats.HF else formats.to_mamba_ssm(pretrained.config)
     weights = {name: _stored(name, tensor, DTYPES[dtype]) for name, tensor in pretrained.weights.items()}
-    with checkpoint.atomic_directory(target, overwrite=overwrite) as directory:
+    with atomic_directory(target, error=checkpoint.CheckpointError, overwrite=overwrite) as directory:
         if to == formats.HF:
             _write_hf(pretrained, config, weights, dtype, round(max_shard_gib * 2**30), directory)
         else:

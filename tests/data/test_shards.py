@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from mamba_pretrain.data.shards import HEADER, Manifest, Shard, ShardError, open_split, verify
-from mamba_pretrain.data.writer import ShardWriter, atomic_directory
+from mamba_pretrain.data.writer import ShardWriter
+from mamba_pretrain.files import atomic_directory
 from tests.helpers.corpora import make_dataset
 
 
@@ -284,18 +285,18 @@ def test_a_document_index_that_runs_backwards_is_a_problem(tmp_path: Path) -> No
 
 def test_a_failed_build_leaves_nothing_and_the_old_output_stays(tmp_path: Path) -> None:
     output = tmp_path / "data"
-    with atomic_directory(output) as scratch:
+    with atomic_directory(output, error=ShardError) as scratch:
         (scratch / "a").write_text("old")
     with (
         pytest.raises(ShardError, match="exists; choose another output"),
-        atomic_directory(output),
+        atomic_directory(output, error=ShardError),
     ):
         pass
-    with pytest.raises(RuntimeError), atomic_directory(output, overwrite=True) as scratch:
+    with pytest.raises(RuntimeError), atomic_directory(output, error=ShardError, overwrite=True) as scratch:
         (scratch / "a").write_text("new")
         raise RuntimeError
     assert (output / "a").read_text() == "old"
-    with atomic_directory(output, overwrite=True) as scratch:
+    with atomic_directory(output, error=ShardError, overwrite=True) as scratch:
         (scratch / "b").write_text("new")
         assert (output / "a").read_text() == "old"
     assert [p.name for p in output.iterdir()] == ["b"]
@@ -304,14 +305,14 @@ def test_a_failed_build_leaves_nothing_and_the_old_output_stays(tmp_path: Path) 
 
 def test_a_kill_between_the_two_renames_is_undone(tmp_path: Path) -> None:
     output, dead = tmp_path / "data", 2**22 + 1  # beyond the largest process id of Linux
-    with atomic_directory(output) as scratch:
+    with atomic_directory(output, error=ShardError) as scratch:
         (scratch / "a").write_text("old")
         host = scratch.name.removeprefix("data.tmp-").rpartition("-")[0]
     output.rename(tmp_path / f"data.old-{host}-{dead}")
     (tmp_path / f"data.tmp-{host}-{dead}").mkdir()
     (tmp_path / f"data.tmp-{host}-1").mkdir()  # a living process
     (tmp_path / f"data.tmp-elsewhere-{dead}").mkdir()  # another node's
-    with pytest.raises(ShardError, match="exists"), atomic_directory(output):
+    with pytest.raises(ShardError, match="exists"), atomic_directory(output, error=ShardError):
         pass
     assert (output / "a").read_text() == "old"
     left = {p.name for p in tmp_path.iterdir()}

@@ -191,8 +191,8 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     process = run("-c", limited, str(corpus), "--tokenizer", "bytes", "--output", str(output))
     _, error = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "the disk is full (File too large)" in error
-    assert "MB written so far, and" in error and "MB are free" in error and "Free space" in error
+    assert "the disk is full: File too large" in error
+    assert "MB, which are removed again" in error and "MB are free" in error and "make room" in error
     assert error.count("\n") == 1
     assert list(output.parent.iterdir()) == []
 

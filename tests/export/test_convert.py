@@ -231,7 +231,7 @@ def test_a_damaged_source_is_refused_and_nothing_written(source: Path, tmp_path:
 def test_an_existing_target_is_replaced_only_when_asked(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(CheckpointError, match="exists; choose another"):
         export_checkpoint(source, tmp_path / "out", to="hf")
     assert contents(tmp_path / "out").keys() == {"precious"}
     export_checkpoint(source, tmp_path / "out", to="hf", overwrite=True)
@@ -262,7 +262,7 @@ def largest_file(size_bytes: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("to", ["hf", "mamba_ssm", "native"])
 def test_a_full_disk_leaves_nothing_behind(source: Path, tmp_path: Path, to: str) -> None:
-    with largest_file(20_000), pytest.raises(CheckpointError, match="cannot write"):
+    with largest_file(20_000), pytest.raises(CheckpointError, match="was not written"):
         export_checkpoint(source, tmp_path / "out", to=to)
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
@@ -271,7 +271,7 @@ def test_a_disk_that_fills_up_at_the_pickle_leaves_nothing_behind(source: Path, 
     export_checkpoint(source, tmp_path / "whole", to="mamba_ssm")
     sizes = [(tmp_path / "whole" / name).stat().st_size for name in ("model.safetensors", "pytorch_model.bin")]
     assert sizes[0] < sizes[1]
-    with largest_file(sizes[0]), pytest.raises(CheckpointError, match="cannot write"):
+    with largest_file(sizes[0]), pytest.raises(CheckpointError, match="was not written"):
         export_checkpoint(source, tmp_path / "out", to="mamba_ssm")
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.tmp").exists()
+    assert not list(tmp_path.glob("out.tmp*"))
