@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -108,7 +109,11 @@ def verify(directory: Path) -> dict[str, Any]:
 def load_model(directory: Path) -> tuple[Config, dict[str, Tensor], dict[str, Any]]:
     """Configuration, parameters by name (fp32, CPU) and manifest of a verified checkpoint or model directory."""
     manifest = verify(directory)
-    return config_module.load([directory / CONFIG]), load_file(directory / MODEL), manifest
+    try:
+        weights = load_file(directory / MODEL)
+    except SafetensorError as error:
+        raise CheckpointError(f"{directory / MODEL} is not a safetensors file: {error}") from error
+    return config_module.load([directory / CONFIG]), weights, manifest
 
 
 def checkpoints(directory: Path) -> list[Path]:

@@ -81,8 +81,6 @@ def _eval_perplexity(arguments: argparse.Namespace) -> None:
                 shard,
                 adds_bos=manifest.adds_bos,
                 tokenizer=load_tokenizer(arguments.data),
-                lanes=arguments.batch,
-                window=arguments.window,
                 max_documents=arguments.max_documents,
                 precision=arguments.precision,
                 progress=True,
@@ -93,7 +91,7 @@ def _eval_perplexity(arguments: argparse.Namespace) -> None:
             evaluate_windows(
                 model,
                 shard,
-                seq_len=arguments.window,
+                seq_len=arguments.window or (source.run.data.seq_len if source.run else 2048),
                 reset_documents=True,
                 batch=arguments.batch,
                 max_windows=None,
@@ -224,9 +222,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=("documents", "windows", "both"),
         help="whole documents with the state carried on, or fixed windows from an empty state as other systems do",
     )
-    perplexity.add_argument("--window", type=int, default=1024, help="tokens in one forward pass, or in a fixed window")
-    perplexity.add_argument("--batch", type=int, default=8, help="rows in one forward pass")
-    perplexity.add_argument("--max-documents", type=int, help="only the first so many (documents protocol)")
+    perplexity.add_argument("--max-documents", type=int, help="of the documents protocol: only the first so many")
+    perplexity.add_argument(
+        "--window", type=int, help="tokens of a fixed window (default: the length the model was trained at, else 2048)"
+    )
+    perplexity.add_argument("--batch", type=int, default=8, help="fixed windows in one forward pass")
     perplexity.add_argument("--json", type=Path, help="also write every figure here")
 
     plot = command(

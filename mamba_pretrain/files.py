@@ -50,8 +50,8 @@ def atomic_directory(output: Path, *, error: type[ValueError], overwrite: bool =
         full = f"the disk is full: {os.strerror(number)}" if number in DISK_FULL else str(cause)
         raise error(
             f"{output} was not written, {full}. It had grown to {written / 1e6:,.1f} MB, which are removed again; what "
-            f"was there before is untouched. {free / 1e6:,.1f} MB are free on its file system (a quota or ulimit -f may "
-            "allow less): make room, or choose an output elsewhere"
+            f"was there before is untouched. {free / 1e6:,.1f} MB are free on its file system (a quota or ulimit -f "
+            "may allow less): make room, or choose an output elsewhere"
         ) from cause
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.corpora import make_dataset
-from helpers.runs import finish, records, small_config, start
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
@@ -23,6 +21,8 @@ from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.distributed.env import EXIT_PREEMPTED
 from mamba_pretrain.export.convert import export_checkpoint
 from mamba_pretrain.train import NonFiniteError, Saver, only_run_in, run, steps
+from tests.helpers.corpora import make_dataset
+from tests.helpers.runs import finish, records, small_config, start
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -104,8 +104,8 @@ def evaluate_documents(
     *,
     adds_bos: bool,
     tokenizer: Tokenizer,
-    lanes: int = 8,
-    window: int = 1024,
+    lanes: int = 32,  # many short rows suit the scan, which works through a window step by step
+    window: int = 256,
     max_documents: int | None = None,
     precision: str = "fp32",
     progress: bool = False,

@@ -68,9 +68,11 @@ def test_reads_megatron_files_with_several_sequences_a_document(tmp_path: Path, 
     assert list(shard.problems(8)) == []
 
 
+@pytest.mark.slow  # importing megatron.core takes ten seconds
 def test_megatron_itself_reads_our_files(tmp_path: Path) -> None:
-    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
-    dataset = indexed.IndexedDataset(str(write_shard(tmp_path / "train", [[1, 2, 3], [4]])))
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(str(write_shard(tmp_path / "train", [[1, 2, 3], [4]])))
     assert [dataset[i].tolist() for i in range(len(dataset))] == [[1, 2, 3], [4]]
     assert dataset.document_indices.tolist() == [0, 1, 2]
 
