@@ -26,7 +26,7 @@ ROOMS = {  # a room may import itself and what is listed here; the longest match
     "train": {"build", "checkpoint", "config", "data", "distributed", "evaluate", "metrics", "model", "optim"},
     "cli": {"train", "evaluate", "export", "model", "data", "config", "checkpoint", "build", "distributed.env"},
     "data_prep": {"data.shards", "data.writer", "data.tokenizer", "files"},
-    "launch": {"cli", "train", "evaluate", "export", "data", "config", "checkpoint", "model"},
+    "launch": {"cli", "train", "distributed.env", "evaluate", "export", "data", "config", "checkpoint", "model"},
 }
 # Where a package is optional, or heavy and needed by one command only, it is imported when it is used.
 LAZY = {"metrics", "cli", "evaluate", "data_prep", "launch"}
