@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output.mkdir(parents=True)
 
     title("1. Tokenizer and shards, from the training split of the corpus")
-    python("data_prep.train_tokenizer", CORPUS, "--vocab-size", 2048, "--output", output / "sotu.model", *SPLIT)
+    python("data_prep.train_tokenizer", CORPUS, "--vocab-size", 4096, "--output", output / "sotu.model", *SPLIT)
     python("data_prep.build_shards", CORPUS, "--tokenizer", output / "sotu.model", "--output", data, *SPLIT)
     python("data_prep.verify_shards", data)
 
