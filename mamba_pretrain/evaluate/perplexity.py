@@ -130,18 +130,20 @@ def evaluate_documents(
         )
 
     began = time.perf_counter()
-    spans = _deal(shard, wanted, lanes)
+    # Longest first: the lanes that are not at their end yet are always the first rows, and only they are computed.
+    spans = sorted(_deal(shard, wanted, lanes), key=lambda span: span[0] - span[1])
     device = next(model.parameters()).device
     nats = torch.zeros((), dtype=torch.float64, device=device)
     tokens = documents = 0
     state = MambaState.zeros(model.config, len(spans), device)
-    offsets = range(0, max(stop - start for start, stop in spans), window)
+    offsets = range(0, spans[0][1] - spans[0][0], window)
     with _evaluating(model, precision):
         for offset in tqdm(offsets, desc="perplexity", unit="window", disable=not progress):
-            rows = [_lane_window(shard, span, offset, window, vocab_size) for span in spans]
+            reading = [span for span in spans if span[0] + offset < span[1]]
+            rows = [_lane_window(shard, span, offset, window, vocab_size) for span in reading]
             ids, labels, seq_idx, begins = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
             tokens += int((labels != IGNORE).sum())
-            state = state.forget(begins[:, 0].to(device))
+            state = state.first(len(reading)).forget(begins[:, 0].to(device))
             loss_sum, _, state = model(ids.to(device), labels.to(device), seq_idx.to(device), state)
             nats += _sum(loss_sum)
     seconds = time.perf_counter() - began
@@ -233,9 +235,9 @@ def _lane_window(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32], NDArray[np.bool_]]:
     """Tokens [offset, offset + size) of a lane: ids, labels, document numbers and where documents begin, each (size,).
 
-    What lies beyond the lane's end is padding without labels, read when nothing of the lane is left to score.
+    The last window's rest is padding without labels, read when nothing of the lane is left to score.
     """
-    start = min(span[0] + offset, span[1])
+    start = span[0] + offset
     stop, beyond = min(start + size, span[1]), min(start + size + 1, span[1])
     tokens = shard.tokens(start, beyond)
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:

@@ -74,5 +74,6 @@ class MambaState:
         keep_B11 = (~rows_B)[:, None, None]
         return MambaState([s * keep_B11 for s in self.conv], [s * keep_B11 for s in self.ssm])
 
-    def detach(self) -> MambaState:
-        return MambaState([s.detach() for s in self.conv], [s.detach() for s in self.ssm])
+    def first(self, rows: int) -> MambaState:
+        """The state of the first rows of the batch."""
+        return MambaState([s[:rows] for s in self.conv], [s[:rows] for s in self.ssm])
