@@ -86,7 +86,7 @@ def train_with_interruption(run: Path, overrides: list[str]) -> None:
     config = load([CONFIG], overrides)
     process = start("mamba_pretrain.cli", *words)
     try:
-        while process.poll() is None and last_step(run) < config.steps // 2:
+        while process.poll() is None and last_step(run) < max(1, config.steps // 2):
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         code = process.wait()
@@ -98,11 +98,12 @@ def train_with_interruption(run: Path, overrides: list[str]) -> None:
     print(f"\nStopped by SIGTERM with exit code {code} after step {stopped['step']}. The same command again:\n")
     python("mamba_pretrain.cli", *words)
 
-    ended, every = read_state(run), config.log.every_steps
-    logged = [record["step"] for record in read_metrics(run)["train"]]
-    due = [*range(every, config.steps, every), config.steps]
-    if logged != due or ended["samples"] != config.steps * config.sequences_per_step:
-        sys.exit(f"something was lost: steps {logged} are logged, {due} are due; {ended['samples']} samples consumed")
+    ended, records = read_state(run), read_metrics(run)["train"]
+    logged = sum(record["averaged_steps"] + record["skipped_steps"] for record in records)
+    if logged != config.steps or ended["samples"] != config.steps * config.sequences_per_step:
+        sys.exit(
+            f"something was lost: {logged} of {config.steps} steps are logged, {ended['samples']} samples consumed"
+        )
     print(
         f"Nothing was lost: {ended['samples']:,} samples in {ended['step']} steps, each once, across the stop after "
         f"step {stopped['step']}."

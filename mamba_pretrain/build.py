@@ -100,7 +100,8 @@ def build(config: Config) -> Run:
     )
     if resume_from is not None:
         _restore(run, resume_from)
-    audit(model.named_parameters(), config.model, run.engine.decay_of, fresh=fresh)
+    decay = config.optim.weight_decay
+    audit(model.named_parameters(), config.model, run.engine.decay_of, decay=decay, fresh=fresh)
     log.info("%s\n", law_table(model, run.engine.decay_of))
     return run
 
@@ -133,6 +134,7 @@ def _resolve_model(given: ModelConfig, known: ModelConfig | None, manifest: Mani
         ]
         if clashes:
             raise ConfigError(clashes)
+        log.info("model as in the weights: %s", {k: v for k, v in asdict(known).items() if v != asdict(default)[k]})
         given = dataclasses.replace(known, variant=given.variant)
     vocab_size = manifest.tokenizer.vocab_size
     if given.vocab_size is None:
@@ -181,7 +183,14 @@ def _resume_from(config: Config) -> Path | None:
         return None
     if checkpoint.read_manifest(Path(choice)).get("kind") != "checkpoint":
         raise CheckpointError(f"{choice} is a model without optimizer state: start from it with train.init_from")
-    return Path(choice)
+    path = Path(choice)
+    newer = [p.name for p in found if path.resolve().parent == directory.resolve() and p.name > path.name]
+    if newer:
+        raise CheckpointError(
+            f"{directory} also holds {', '.join(newer)}, which going on from {path.name} would overwrite: move them "
+            "away, or choose another run_dir"
+        )
+    return path
 
 
 def _restore(run: Run, path: Path) -> None:
@@ -203,6 +212,9 @@ def _restore(run: Run, path: Path) -> None:
     run.engine.load(path)
     run.state = TrainState(**json.loads((path / checkpoint.STATE).read_text()))
     log.info("resumed from %s", path)
+    if run.state.step >= run.config.steps:
+        finished = "nothing is left to do" if run.state.step == run.config.steps else "the run is longer than asked for"
+        log.warning("%s is at step %d of %d: %s", path, run.state.step, run.config.steps, finished)
 
 
 def _flat(identity: dict[str, Any]) -> dict[str, Any]:

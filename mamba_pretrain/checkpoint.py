@@ -29,16 +29,11 @@ from torch import Tensor
 from mamba_pretrain import __version__
 from mamba_pretrain import config as config_module
 from mamba_pretrain.config import Config
+from mamba_pretrain.distributed.engine import MODEL as MODEL
 from mamba_pretrain.files import atomic_directory, sync
 
 FORMAT, VERSION = "mamba_pretrain.checkpoint", 1
-MANIFEST, MODEL, OPTIMIZER, STATE, CONFIG = (
-    "manifest.json",
-    "model.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-    "config.yaml",
-)
+MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
 _STEP = re.compile(r"step_(\d{8})")
 
 
@@ -129,11 +124,8 @@ def step_directory(directory: Path, step: int) -> Path:
 def rotate(directory: Path, *, keep_last: int, keep_every_steps: int) -> list[Path]:
     """Deletes all but the newest `keep_last` checkpoints and those at multiples of `keep_every_steps` (0: none).
 
-    Each is renamed first, so that a kill leaves no half-deleted directory under a checkpoint's name. To be called by
-    the only process that writes here, and not while it writes.
+    Each is renamed first, so that a kill leaves no half-deleted directory under a checkpoint's name.
     """
-    for leftover in (*directory.glob("step_*.deleting"), *directory.glob("step_*.tmp-*")):  # of killed processes
-        shutil.rmtree(leftover)
     doomed = [
         path
         for path in checkpoints(directory)[:-keep_last]
@@ -142,6 +134,12 @@ def rotate(directory: Path, *, keep_last: int, keep_every_steps: int) -> list[Pa
     for path in doomed:
         shutil.rmtree(path.rename(path.with_name(f"{path.name}.deleting")))
     return doomed
+
+
+def clean(directory: Path) -> None:
+    """Removes what killed processes left half-written or half-deleted. Only for the process that alone writes here."""
+    for leftover in (*directory.glob("step_*.deleting"), *directory.glob("step_*.tmp-*")):
+        shutil.rmtree(leftover)
 
 
 def sha256(path: Path) -> str:

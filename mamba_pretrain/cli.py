@@ -12,6 +12,7 @@ from typing import Any
 
 from mamba_pretrain.checkpoint import CheckpointError
 from mamba_pretrain.config import PRECISIONS, Config, ConfigError, load
+from mamba_pretrain.data.loader import LoaderError
 from mamba_pretrain.data.shards import ShardError, open_split
 from mamba_pretrain.data.tokenizer import TokenizerError, load_tokenizer
 from mamba_pretrain.distributed.env import EXIT_PREEMPTED, autocast, resolve_device
@@ -25,7 +26,7 @@ from mamba_pretrain.model.generate import generate
 from mamba_pretrain.model.law import LawError
 from mamba_pretrain.train import NonFiniteError, run
 
-EXIT_USER, EXIT_NONFINITE = 2, 3
+EXIT_USER, EXIT_NONFINITE, EXIT_INTERRUPTED = 2, 3, 130
 USER_ERRORS = (
     ConfigError,
     ShardError,
@@ -33,6 +34,7 @@ USER_ERRORS = (
     CheckpointError,
     FormatError,
     LawError,
+    LoaderError,
     EvaluationError,
     ReportError,
     ImportError,  # of an optional package; the message names the extra that holds it
@@ -48,6 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         print(f"mamba-pretrain {arguments.command}: error\n{error}", file=sys.stderr)
         return EXIT_USER
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"mamba-pretrain {arguments.command}: error\n{where}{error.strerror or error}", file=sys.stderr)
+        return EXIT_USER
+    except KeyboardInterrupt:
+        print(f"mamba-pretrain {arguments.command}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except NonFiniteError as error:
         print(f"mamba-pretrain {arguments.command}: training diverged\n{error}", file=sys.stderr)
         return EXIT_NONFINITE

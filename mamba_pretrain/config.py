@@ -14,9 +14,9 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -95,10 +95,10 @@ class ModelConfig:
             yield f"model.d_conv is {self.d_conv}: causal-conv1d's kernels take 2, 3 or 4"
         if self.d_state > 256:
             yield f"model.d_state is {self.d_state}: mamba_ssm's scan takes at most 256"
-        if not 0 < self.dt_init_floor <= self.dt_min < self.dt_max:
+        if not 0 < self.dt_min < self.dt_max or not 0 < self.dt_init_floor < self.dt_max:
             yield (
-                f"model.dt_init_floor <= dt_min < dt_max must hold, all above 0: found {self.dt_init_floor}, "
-                f"{self.dt_min}, {self.dt_max}"
+                "model.dt_min and model.dt_init_floor must lie above 0 and below dt_max: found "
+                f"{self.dt_min}, {self.dt_init_floor}, {self.dt_max}"
             )
         if self.norm_eps <= 0 or self.embedding_std <= 0:
             yield f"model.norm_eps and model.embedding_std must be above 0: found {self.norm_eps}, {self.embedding_std}"
@@ -108,7 +108,7 @@ class ModelConfig:
 class DataConfig:
     path: Optional[str] = None  # a directory made by data_prep.build_shards
     train_split: str = "train"
-    validation_split: str = "validation"
+    validation_split: Optional[str] = "validation"  # null: no evaluation during training
     tokenizer: Optional[str] = None  # when given, the dataset must have been made with this very tokenizer
     seq_len: int = 2048
     reset_documents: bool = True  # scan and convolution start anew at each document; False: state flows across
@@ -136,6 +136,9 @@ class OptimConfig:
     schedule: str = "cosine"  # cosine | wsd (warm-up, stable, decay: linear to min_lr over decay_fraction)
     warmup_fraction: float = 0.1  # of all steps
     decay_fraction: float = 0.2  # of all steps, wsd only
+
+    def warmup_steps(self, total_steps: int) -> int:
+        return round(total_steps * self.warmup_fraction)
 
     def problems(self) -> Iterator[str]:
         if not self.lr > 0:
@@ -223,6 +226,8 @@ class LogConfig:
     def problems(self) -> Iterator[str]:
         if self.every_steps < 1:
             yield f"log.every_steps is {self.every_steps}: it must be at least 1"
+        if len(set(self.sinks)) < len(self.sinks):
+            yield f"log.sinks is {self.sinks}: each sink once"
         for sink in self.sinks:
             if sink not in SINKS:
                 yield f"log.sinks holds {sink!r}: {_did_you_mean(sink, SINKS)}"
@@ -258,13 +263,22 @@ class Config:
         return self.sequences_per_step // (self.train.micro_batch_size * world)
 
     def digest(self) -> str:
-        """Twelve hex digits that change with any option."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        """Twelve hex digits that change with any option of the training itself, not with where and how it runs."""
+        values = asdict(self)
+        for section, name in (("data", "path"), ("data", "workers"), ("data", "verify_gib"), ("train", "device")):
+            del values[section][name]
+        kept = {section: values[section] for section in ("model", "data", "train", "optim")}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def validate(config: Config, world: int = 1) -> list[str]:
     """All reasons why `config` cannot run on `world` ranks; empty when it can."""
-    problems = [p for part in _parts(config) for p in part.problems()]
+    problems = [
+        f"{key} is {value}: it must be a finite number"
+        for key, value in _leaves(asdict(config))
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
+    problems += [p for part in _parts(config) for p in part.problems()]
     if config.train.init_from is None:  # else the shape is that of the weights
         for name in ("d_model", "n_layer"):
             if getattr(config.model, name) is None:
@@ -323,7 +337,9 @@ def from_dict(values: dict[Any, Any], *, problems: Sequence[str] = (), world: in
     problems = list(problems)
     config = OmegaConf.structured(Config)
     known = dict(_schema(Config))
-    leaves = dict(_leaves(values))
+    sections = {f.name for f in fields(Config) if f.default is MISSING}
+    leaves = {k: v for k, v in _leaves(values) if not (v is None and k in sections)}  # an empty section is no mistake
+    unread = set()
     variant = leaves.get("model.variant")
     if variant is not None and str(variant) not in VARIANTS:
         problems.append(f"model.variant is {variant!r}: {_did_you_mean(str(variant), list(VARIANTS))}")
@@ -338,13 +354,19 @@ def from_dict(values: dict[Any, Any], *, problems: Sequence[str] = (), world: in
                 else f"unknown key {key}: {_did_you_mean(key, list(known))}"
             )
             continue
+        if isinstance(value, float) and value.is_integer() and known[key] in (int, Optional[int]):
+            value = int(value)  # 3e11 is the natural way to write a token budget
         try:
+            if isinstance(value, str) and ("${" in value or value == "???"):
+                raise OmegaConfBaseException("placeholders are not filled in: write the value")
             OmegaConf.update(config, key, value)
         except OmegaConfBaseException as error:
+            unread.add(key)
             problems.append(f"{key} is {value!r}: {str(error).splitlines()[0]}")
     result = OmegaConf.to_object(config)
     assert isinstance(result, Config), "the structured schema is Config"
-    problems += validate(result, world)
+    # What was not read has its default now: a problem that names it would be about a value nobody gave.
+    problems += [p for p in validate(result, world) if not any(key in p for key in unread)]
     if problems:
         raise ConfigError(problems)
     return result
@@ -360,13 +382,12 @@ def _parts(config: Config) -> Iterator[Any]:
 
 
 def _schema(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    default = cls()
-    for f in fields(cls):
-        value = getattr(default, f.name)
-        if is_dataclass(value):
-            yield from _schema(type(value), f"{prefix}{f.name}.")
+    """Every option's dotted name and type."""
+    for name, kind in get_type_hints(cls).items():
+        if is_dataclass(kind):
+            yield from _schema(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
-            yield f"{prefix}{f.name}", value
+            yield f"{prefix}{name}", kind
 
 
 def _leaves(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

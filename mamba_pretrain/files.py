@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+OURS: Final = frozenset(("manifest.json", "config.json"))
 DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -19,7 +20,8 @@ DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def atomic_directory(output: Path, *, error: type[ValueError], overwrite: bool = False) -> Iterator[Path]:
     """A scratch directory that becomes `output`, complete and synced to disk, if the block ends well.
 
-    Otherwise nothing is left, and an `output` that was there before is untouched. A killed process leaves its scratch
+    Otherwise nothing is left, and an `output` that was there before is untouched; only an earlier output, never another
+    directory, is replaced. A killed process leaves its scratch
     directory, `OUTPUT.tmp-HOST-PID`; the next one with the same output on the same host removes it. Raises `error`
     where `output` exists and `overwrite` is false, and for whatever the system refuses, a full disk above all.
     """
@@ -27,14 +29,16 @@ def atomic_directory(output: Path, *, error: type[ValueError], overwrite: bool =
     _sweep(output)
     if output.exists() and not overwrite:
         raise error(f"{output} exists; choose another output, or pass --overwrite to replace it")
-    if output.exists() and not output.is_dir():
-        raise error(f"{output} is a file; the output is a directory")
+    if output.exists():
+        _check_replaceable(output, error)
     scratch, old = _sibling(output, "tmp"), _sibling(output, "old")
     try:
         scratch.mkdir(parents=True)
         yield scratch
         for path in (*sorted(scratch.iterdir()), scratch):
             sync(path)
+        if output.exists() and not overwrite:
+            raise error(f"{output} exists by now: another process has made it; choose another output")
         if output.exists():
             output.rename(old)
         scratch.rename(output)
@@ -47,14 +51,30 @@ def atomic_directory(output: Path, *, error: type[ValueError], overwrite: bool =
             raise
         written = sum(file.stat().st_size for file in scratch.iterdir()) if scratch.exists() else 0
         free = shutil.disk_usage(next(parent for parent in output.parents if parent.exists())).free
-        full = f"the disk is full: {os.strerror(number)}" if number in DISK_FULL else str(cause)
-        raise error(
-            f"{output} was not written, {full}. It had grown to {written / 1e6:,.1f} MB, which are removed again; what "
-            f"was there before is untouched. {free / 1e6:,.1f} MB are free on its file system (a quota or ulimit -f "
-            "may allow less): make room, or choose an output elsewhere"
-        ) from cause
+        message = f"{output} was not written, and what was there before is untouched: {cause}"
+        if number in DISK_FULL:
+            message = (
+                f"{output} was not written, the disk is full: {os.strerror(number)}. It had grown to "
+                f"{written / 1e6:,.1f} MB, which are removed again; what was there before is untouched. "
+                f"{free / 1e6:,.1f} MB are free on its file system (a quota or ulimit -f may allow less): make room, "
+                "or choose an output elsewhere"
+            )
+        raise error(message) from cause
     finally:
+        if old.exists() and not output.exists():
+            old.rename(output)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_replaceable(output: Path, error: type[ValueError]) -> None:
+    """What we make is flat, and says what it is in one of two files. Anything else, a corpus say, is never deleted."""
+    if not output.is_dir():
+        raise error(f"{output} is a file; the output is a directory")
+    if Path.cwd().is_relative_to(output):
+        raise error(f"{output} holds the working directory: choose another output")
+    held = [path.name for path in output.iterdir()]
+    if any((output / name).is_dir() for name in held) or (held and not OURS.intersection(held)):
+        raise error(f"{output} holds {', '.join(sorted(held)[:5])}: it is not an earlier output, and is not replaced")
 
 
 def sync(path: Path) -> None:

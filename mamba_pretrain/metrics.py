@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import secrets
@@ -98,7 +99,9 @@ class Jsonl:
             self.file.write("\n")
 
     def write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        # NaN is no JSON: other readers refuse it. A loss that is not a number is null.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
 
     def close(self) -> None:
@@ -111,7 +114,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise _missing("tensorboard") from error
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
         for name, value in _numbers(record).items():

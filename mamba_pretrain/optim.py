@@ -17,9 +17,10 @@ def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
     """Learning rate of update `step` (0 is the first) out of `total_steps`.
 
     Linear warm-up that reaches the peak at its last step; then cosine to `min_lr` at the last step of all, or, for
-    "wsd", the peak until the decay begins and a straight line to `min_lr` at the last step.
+    "wsd", the peak until the decay begins and a straight line to `min_lr` at the last step. (Where at most one step is
+    left after the warm-up, or the decay has no steps, the run ends at the peak.)
     """
-    warmup = round(total_steps * config.warmup_fraction)
+    warmup = config.warmup_steps(total_steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
     last = total_steps - 1

@@ -64,27 +64,26 @@ def run(config: Config) -> int:
         this = build(config)
         config, state = this.config, this.state
         config_module.save(config, directory / "config.yaml")
-        log.info(
-            "step %s of %s, %s tokens each", f"{state.step:,}", f"{config.steps:,}", f"{config.train.batch_tokens:,}"
-        )
+        log.info("step %d of %d, %d tokens each", state.step, config.steps, config.train.batch_tokens)
         sinks, saver, recent = Sinks(config, directory, state.step), Saver(this), _Recent()
         skipped_in_a_row = 0
         try:
+            _evaluate_if_due(this, sinks)  # what a stop may have kept the checkpoint's step from
             for step in steps(this):
-                last = state.step == config.steps
                 recent.add(step)
                 skipped_in_a_row = _note_skip(this, step, skipped_in_a_row) if step.result.skipped else 0
-                if last or state.step % config.log.every_steps == 0:
+                stop = preemption.received  # read once: a signal from here on is the next step's
+                saving = state.step == config.steps or saver.due() or stop is not None
+                if saving or state.step % config.log.every_steps == 0:
+                    # Also before every save: what is not logged by then would be missing after a resume.
                     sinks.write(recent.record(this))
                     recent = _Recent()
-                if last or (config.eval.every_steps and state.step % config.eval.every_steps == 0):
-                    for record in _evaluate(this):
-                        sinks.write(record)
-                if last or saver.due() or preemption.received is not None:
+                if saving:
                     saver.save()
-                if preemption.received is not None and not last:
-                    log.warning("%s: saved step %s, leaving", preemption.received.name, state.step)
+                if stop is not None and state.step < config.steps:
+                    log.warning("%s: saved step %s, leaving", stop.name, state.step)
                     return EXIT_PREEMPTED
+                _evaluate_if_due(this, sinks)
         finally:
             sinks.close()
     return 0
@@ -136,11 +135,12 @@ def _loss_sum(run: Run, batch: dict[str, Tensor]) -> Tensor:
     return output.loss_sum
 
 
-def _evaluate(run: Run) -> Iterator[dict[str, Any]]:
-    """One record on the validation split, where there is one."""
-    if run.validation is None:
+def _evaluate_if_due(run: Run, sinks: Sinks) -> None:
+    """Scores the validation split, where there is one, every n steps and at the end."""
+    config, step = run.config, run.state.step
+    every = config.eval.every_steps
+    if run.validation is None or step == 0 or not (step == config.steps or (every and step % every == 0)):
         return
-    config = run.config
     result = evaluate_windows(
         run.engine.module,
         run.validation,
@@ -151,7 +151,7 @@ def _evaluate(run: Run) -> Iterator[dict[str, Any]]:
         precision=config.train.precision,
     )
     figures = {"loss": result.nats_per_token, "perplexity": result.perplexity}
-    yield {"kind": "eval", "step": run.state.step, "tokens": run.state.tokens, **figures}
+    sinks.write({"kind": "eval", "step": step, "tokens": run.state.tokens, **figures})
 
 
 class _Recent:
@@ -177,6 +177,7 @@ class _Recent:
             "lr": last.lr,
             "grad_norm": last.result.grad_norm,
             "loss_scale": last.result.loss_scale,
+            "averaged_steps": len(losses),
             "skipped_steps": len(self.steps) - len(losses),
             "tokens_per_s": tokens_per_s,
             "mfu": mfu(training_flops_per_token(run.config.model), tokens_per_s, run.device),
@@ -191,6 +192,7 @@ class Saver:
 
     def __init__(self, run: Run) -> None:
         self.run, self.directory, self.saved_at = run, run.directory / "checkpoints", time.monotonic()
+        checkpoint.clean(self.directory)
 
     def due(self) -> bool:
         options, step = self.run.config.checkpoint, self.run.state.step
@@ -246,8 +248,12 @@ def only_run_in(directory: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError([f"another process trains in {directory}: stop it, or choose another run_dir"]) from None
-        yield
+        if not directory.exists() or not os.path.samestat(os.fstat(descriptor), directory.stat()):
+            raise ConfigError([f"{directory} was removed by another process that ended just now: start again"])
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # not empty
+                directory.rmdir()
     finally:
         os.close(descriptor)
-        with contextlib.suppress(OSError):
-            directory.rmdir()

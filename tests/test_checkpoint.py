@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from mamba_pretrain import checkpoint
 from mamba_pretrain.checkpoint import CheckpointError
 from mamba_pretrain.config import Config, ModelConfig, TrainConfig
+from mamba_pretrain.distributed.engine import OPTIMIZER
 
 CONFIG = Config(model=ModelConfig(d_model=16, n_layer=1, vocab_size=16), train=TrainConfig(steps=1))
 
@@ -25,7 +26,7 @@ def save(directory: Path, step: int, elements: int = 100, overwrite: bool = Fals
 
     def write_files(target: Path) -> None:
         save_file({"weight": torch.full((elements,), float(step))}, target / checkpoint.MODEL)
-        save_file({"exp_avg.weight": torch.zeros(elements)}, target / checkpoint.OPTIMIZER)
+        save_file({"exp_avg.weight": torch.zeros(elements)}, target / OPTIMIZER)
         (target / checkpoint.STATE).write_text(json.dumps({"step": step}))
 
     target = checkpoint.step_directory(directory, step)

@@ -20,6 +20,11 @@ from mamba_pretrain.data.order import window_at
 from mamba_pretrain.data.packing import n_windows, window
 from mamba_pretrain.data.shards import Shard, ShardError
 
+
+class LoaderError(RuntimeError):
+    """A loader process is gone."""
+
+
 Batch = dict[str, Tensor]
 Sample = dict[str, Any]  # the tensors of one row, as numpy arrays
 

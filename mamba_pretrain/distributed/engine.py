@@ -9,6 +9,9 @@ from torch import Tensor
 
 from mamba_pretrain.model.lm import MambaLM
 
+# What `save` writes and `load` reads. DeepSpeed, FSDP or one process: the same names and shapes.
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+
 
 class StepResult(NamedTuple):
     grad_norm: float  # global L2 norm before clipping

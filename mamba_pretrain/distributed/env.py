@@ -49,10 +49,12 @@ class Preemption(AbstractContextManager["Preemption"]):
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._interrupted = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
+        self._interrupted |= number == signal.SIGINT
         self.received = signal.Signals(number)
 
     def __enter__(self) -> Preemption:

@@ -10,11 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mamba_pretrain.config import Config
-from mamba_pretrain.distributed.engine import StepResult
+from mamba_pretrain.distributed.engine import MODEL, OPTIMIZER, StepResult
 from mamba_pretrain.model.lm import MambaLM
 from mamba_pretrain.optim import AdamW, param_groups
 
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

@@ -24,7 +24,7 @@ def describe(config: Config) -> str:
     total = sum(parameters.values())
     forward = forward_flops_by_part(model)
     flops, tokens = training_flops_per_token(model), config.steps * config.train.batch_tokens
-    warmup = round(config.steps * config.optim.warmup_fraction)
+    warmup = config.optim.warmup_steps(config.steps)
     memory = memory_by_part(config)
     with torch.device("meta"):
         shapes = MambaLM(model)

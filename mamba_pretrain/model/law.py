@@ -88,22 +88,31 @@ def initialize(module: nn.Module, config: ModelConfig, seed: int) -> None:
 
 
 def audit(
-    parameters: Iterable[tuple[str, Tensor]], config: ModelConfig, decay_of: dict[str, float], *, fresh: bool
+    parameters: Iterable[tuple[str, Tensor]],
+    config: ModelConfig,
+    decay_of: dict[str, float],
+    *,
+    decay: float,
+    fresh: bool,
 ) -> None:
     """Fails (LawError, all breaches at once) where parameters break the laws of dtype, decay or, if `fresh`, of init.
 
-    `decay_of` is what the optimizer will do to each name; a parameter the optimizer does not know is a breach too.
+    `decay_of` is what the optimizer will do to each name, `decay` what it should do to the kinds that decay; a
+    parameter that would not be trained, or that is not finite, is a breach too.
     """
     found: list[str] = []
     for name, parameter in parameters:
         kind = kind_of(name, config)
         if parameter.dtype != torch.float32:
             found.append(f"{name} is {parameter.dtype}: parameters are fp32, autocast makes the bf16 copies")
-        if name not in decay_of:
-            found.append(f"{name} is in no parameter group: it would never be trained")
-        elif decay_of[name] != 0 and not kind.decays:
-            found.append(f"{name} has weight decay {decay_of[name]}: this kind never decays")
-        if fresh:
+        due = decay if kind.decays else 0.0
+        if name not in decay_of or not parameter.requires_grad:
+            found.append(f"{name} is in no parameter group, or takes no gradient: it would never be trained")
+        elif decay_of[name] != due:
+            found.append(f"{name} has weight decay {decay_of[name]}: due is {due}")
+        if not torch.isfinite(parameter).all():
+            found.append(f"{name} holds values that are not finite")
+        elif fresh:
             found += [f"{name} breaks its initial law, {kind.initial}: {b}" for b in kind.breaches(parameter.detach())]
     if found:
         raise LawError("the parameters break the model's laws:\n" + "\n".join(f"- {f}" for f in found))
@@ -152,19 +161,24 @@ def _normal(suffix: str, std: float) -> Kind:
 
 
 def _dt_bias(config: ModelConfig) -> Kind:
-    low, high, floor = math.log(config.dt_min), math.log(config.dt_max), config.dt_init_floor
+    low, high = math.log(config.dt_min), math.log(config.dt_max)
+    floor = max(low, math.log(config.dt_init_floor))
+    below = (floor - low) / (high - low)  # the share of the draws that the floor lifts; none by default
+    mean = below * floor + (1 - below) * (floor + high) / 2
+    variance = below * (floor - mean) ** 2
+    variance += (1 - below) * ((high - floor) ** 2 / 12 + ((floor + high) / 2 - mean) ** 2)
 
     def draw(p: Tensor, generator: torch.Generator) -> Tensor:
-        dt = torch.exp(p.uniform_(low, high, generator=generator)).clamp(min=floor)
+        dt = torch.exp(p.uniform_(low, high, generator=generator).clamp(min=floor))
         return dt + torch.log(-torch.expm1(-dt))  # softplus^-1(dt)
 
     def breaches(p: Tensor) -> Iterator[str]:
         log_dt = torch.log(nn.functional.softplus(p.float()))
-        if log_dt.min().item() < low - 1e-3 or log_dt.max().item() > high + 1e-3:
+        if log_dt.min().item() < floor - 1e-3 or log_dt.max().item() > high + 1e-3:
             yield f"softplus of it spans {math.exp(log_dt.min()):.3g} to {math.exp(log_dt.max()):.3g}"
-        yield from _moments(log_dt, (low + high) / 2, (high - low) / math.sqrt(12), kurtosis=1.8)
+        yield from _moments(log_dt, mean, math.sqrt(variance), kurtosis=1.8 if below == 0 else 9.0)
 
-    initial = f"softplus^-1 of dt, log-uniform in [{config.dt_min:g}, {config.dt_max:g}]"
+    initial = f"softplus^-1 of dt, log-uniform in [{config.dt_min:g}, {config.dt_max:g}], >= {config.dt_init_floor:g}"
     return Kind("mixer.dt_proj.bias", False, initial, draw, breaches)
 
 

@@ -17,8 +17,8 @@ def causal_conv1d(
     """y_t = silu(bias + sum_k weight[:, k] x_{t - (K - 1) + k}), every channel on its own.
 
     What precedes the first step is `initial_state`, the last S = K - 1 inputs (zeros by default), which belongs to the
-    document of `seq_idx[:, 0]`. Inputs of another document than that of step t do not reach y_t. Arithmetic is fp32
-    (float64 for float64 inputs).
+    document of `seq_idx[:, 0]`; the numbers never fall along a row. Inputs of another document than that of step t do
+    not reach y_t. Arithmetic is fp32 (float64 for float64 inputs).
 
     Returns y (B, L, E) in the dtype of x, and the last K - 1 inputs (B, S, E) in fp32, those of other documents than
     the last step's set to zero; both are differentiable.

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-IGNORE = -100
 # fp32 logits alive at once. 8 x 2048 positions of 50,280 tokens would be 3.07 GiB; 64 MiB costs no speed, since
 # a matrix product of a few hundred rows already runs at full rate.
 CHUNK_BYTES = 64 * 2**20
@@ -36,4 +35,4 @@ def linear_cross_entropy(hidden_BLD: Tensor, weight_VD: Tensor, labels_BL: Tenso
 def _chunk(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, vocab_size: int, wide: torch.dtype) -> Tensor:
     logits_TV = F.linear(hidden_TD, weight_VD).to(wide)[:, :vocab_size]
     with torch.autocast(hidden_TD.device.type, enabled=False):
-        return F.cross_entropy(logits_TV, labels_T, ignore_index=IGNORE, reduction="sum")
+        return F.cross_entropy(logits_TV, labels_T, ignore_index=-100, reduction="sum")

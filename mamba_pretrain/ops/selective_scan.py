@@ -44,9 +44,9 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Runs the recurrence above along L, from `initial_state` (zeros by default).
 
-    Where `seq_idx` differs from its value one step earlier a new document begins, and the state is zero before that
-    step; `initial_state` belongs to the document of `seq_idx[:, 0]`. All arithmetic and the state are fp32 (float64
-    for float64 inputs), whatever the dtype of the inputs and under autocast.
+    Where `seq_idx`, which never falls along a row, differs from its value one step earlier a new document begins, and
+    the state is zero before that step; `initial_state` belongs to the document of `seq_idx[:, 0]`. All arithmetic and
+    the state are fp32 (float64 for float64 inputs), whatever the dtype of the inputs and under autocast.
 
     Returns y (B, L, E) in the dtype of u, and the state after the last step (B, E, N); both are differentiable, once.
     """

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from mamba_pretrain import checkpoint
 from mamba_pretrain.config import Config, ModelConfig, TrainConfig
+from mamba_pretrain.distributed.engine import OPTIMIZER
 from mamba_pretrain.model.lm import MambaLM
 
 
@@ -51,7 +52,7 @@ def write_checkpoint(target: Path, model: MambaLM, tokenizer: bytes | None = Non
 
     def write_files(directory: Path) -> None:
         save_file(model.state_dict(), directory / checkpoint.MODEL)
-        save_file(model.state_dict(), directory / checkpoint.OPTIMIZER)
+        save_file(model.state_dict(), directory / OPTIMIZER)
         (directory / checkpoint.STATE).write_text('{"step": 7}\n')
         if tokenizer is not None:
             (directory / "tokenizer.model").write_bytes(tokenizer)

@@ -38,7 +38,7 @@ def small_config(dataset: Path, run_dir: Path, *overrides: str) -> Config:
 
 def start(dataset: Path, run_dir: Path, *words: str, prelude: str = "") -> subprocess.Popen[str]:
     """`mamba-pretrain train` as a process; `prelude` is Python that runs before it, to break things from inside."""
-    arguments = ["train", *words, *OPTIONS, f"data.path={dataset}", f"run_dir={run_dir}"]
+    arguments = ["train", *OPTIONS, f"data.path={dataset}", f"run_dir={run_dir}", *words]
     positional = [w for w in arguments if "=" in w]
     named = [w for w in arguments if "=" not in w]
     code = f"import sys\n{prelude}\nfrom mamba_pretrain.cli import main\nsys.exit(main({named + positional!r}))"
