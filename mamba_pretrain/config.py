@@ -13,8 +13,9 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional, get_type_hints
 
@@ -87,10 +88,8 @@ class ModelConfig:
         return int(value)
 
     def problems(self) -> Iterator[str]:
-        for name in ("d_model", "n_layer", "vocab_size", "d_state", "expand", "dt_rank", "pad_vocab_to_multiple_of"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                yield f"model.{name} is {value}: it must be at least 1"
+        sizes = ("d_model", "n_layer", "vocab_size", "d_state", "expand", "dt_rank", "pad_vocab_to_multiple_of")
+        yield from _at_least(1, self, "model", *sizes)
         if not 2 <= self.d_conv <= 4:
             yield f"model.d_conv is {self.d_conv}: causal-conv1d's kernels take 2, 3 or 4"
         if self.d_state > 256:
@@ -116,12 +115,8 @@ class DataConfig:
     verify_gib: float = 1.0  # splits up to this size are hashed against the manifest at start-up; 0: never
 
     def problems(self) -> Iterator[str]:
-        if self.seq_len < 1:
-            yield f"data.seq_len is {self.seq_len}: it must be at least 1"
-        if self.workers < 0:
-            yield f"data.workers is {self.workers}: it must be 0 or more"
-        if self.verify_gib < 0:
-            yield f"data.verify_gib is {self.verify_gib}: it must be 0 or more"
+        yield from _at_least(1, self, "data", "seq_len")
+        yield from _at_least(0, self, "data", "workers", "verify_gib")
 
 
 @dataclass
@@ -150,9 +145,7 @@ class OptimConfig:
                 yield f"optim.{name} is {getattr(self, name)}: it must be at least 0 and below 1"
         if self.eps <= 0:
             yield f"optim.eps is {self.eps}: it must be above 0"
-        for name in ("weight_decay", "clip_norm"):
-            if getattr(self, name) < 0:
-                yield f"optim.{name} is {getattr(self, name)}: it must be 0 or more"
+        yield from _at_least(0, self, "optim", "weight_decay", "clip_norm")
         if self.schedule not in SCHEDULES:
             yield f"optim.schedule is {self.schedule!r}: {_did_you_mean(self.schedule, SCHEDULES)}"
         elif self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
@@ -176,12 +169,8 @@ class TrainConfig:
     def problems(self) -> Iterator[str]:
         if (self.steps is None) == (self.tokens is None):
             yield f"give exactly one of train.steps and train.tokens: found {self.steps} and {self.tokens}"
-        for name in ("steps", "tokens", "batch_tokens", "micro_batch_size", "max_nonfinite"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                yield f"train.{name} is {value}: it must be at least 1"
-        if self.seed < 0:
-            yield f"train.seed is {self.seed}: it must be 0 or more"
+        yield from _at_least(1, self, "train", "steps", "tokens", "batch_tokens", "micro_batch_size", "max_nonfinite")
+        yield from _at_least(0, self, "train", "seed")
         choices = {"precision": PRECISIONS, "device": ("auto", "cpu", "cuda"), "engine": ENGINES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -194,10 +183,8 @@ class EvalConfig:
     max_windows: int = 256  # of the validation split, always the same ones
 
     def problems(self) -> Iterator[str]:
-        if self.every_steps < 0:
-            yield f"eval.every_steps is {self.every_steps}: it must be 0 or more"
-        if self.max_windows < 1:
-            yield f"eval.max_windows is {self.max_windows}: it must be at least 1"
+        yield from _at_least(0, self, "eval", "every_steps")
+        yield from _at_least(1, self, "eval", "max_windows")
 
 
 @dataclass
@@ -209,11 +196,8 @@ class CheckpointConfig:
     resume: str = "never"  # never: refuse a used run directory | auto: newest complete one | a checkpoint's path
 
     def problems(self) -> Iterator[str]:
-        for name in ("every_steps", "every_minutes", "keep_every_steps"):
-            if getattr(self, name) < 0:
-                yield f"checkpoint.{name} is {getattr(self, name)}: it must be 0 or more"
-        if self.keep_last < 1:
-            yield f"checkpoint.keep_last is {self.keep_last}: it must be at least 1"
+        yield from _at_least(0, self, "checkpoint", "every_steps", "every_minutes", "keep_every_steps")
+        yield from _at_least(1, self, "checkpoint", "keep_last")
 
 
 @dataclass
@@ -224,8 +208,7 @@ class LogConfig:
     wandb_mode: str = "offline"  # offline | online
 
     def problems(self) -> Iterator[str]:
-        if self.every_steps < 1:
-            yield f"log.every_steps is {self.every_steps}: it must be at least 1"
+        yield from _at_least(1, self, "log", "every_steps")
         if len(set(self.sinks)) < len(self.sinks):
             yield f"log.sinks is {self.sinks}: each sink once"
         for sink in self.sinks:
@@ -309,24 +292,20 @@ def load(paths: Sequence[str | Path] = (), overrides: Sequence[str] = (), *, wor
     impossible combination.
     """
     problems: list[str] = []
-    given = OmegaConf.create({})
-    for path in paths:
-        try:
-            part = OmegaConf.load(path)
-            given = OmegaConf.merge(given, part)  # type: ignore[assignment]
-        except FileNotFoundError:
-            problems.append(f"no such configuration file: {path}")
-        except Exception as error:  # yaml raises a dozen types; all mean the same to the reader
-            problems.append(f"{path} is not a YAML mapping: {' '.join(str(error).split())}")
+    given: Any = OmegaConf.create({})
+    sources: list[tuple[str, Callable[[], Any]]] = [(str(path), partial(OmegaConf.load, path)) for path in paths]
     for text in overrides:
-        key, equals, _ = text.partition("=")
-        if not equals or not key:
+        if not text.partition("=")[0] or "=" not in text:
             problems.append(f"override {text!r} is not of the form key=value, as in optim.lr=1e-3")
-            continue
+        else:
+            sources.append((f"override {text!r}", partial(OmegaConf.from_dotlist, [text])))
+    for name, read in sources:
         try:
-            given = OmegaConf.merge(given, OmegaConf.from_dotlist([text]))  # type: ignore[assignment]
-        except Exception as error:
-            problems.append(f"override {text!r} cannot be read: {' '.join(str(error).split())}")
+            given = OmegaConf.merge(given, read())
+        except FileNotFoundError:
+            problems.append(f"no such configuration file: {name}")
+        except Exception as error:  # yaml and OmegaConf raise a dozen types; all mean the same to the reader
+            problems.append(f"{name} is not a YAML mapping: {' '.join(str(error).split())}")
     values = OmegaConf.to_container(given, resolve=False)
     assert isinstance(values, dict), "merging mappings gives a mapping"
     return from_dict(values, problems=problems, world=world)
@@ -375,6 +354,13 @@ def from_dict(values: dict[Any, Any], *, problems: Sequence[str] = (), world: in
 def save(config: Config, path: str | Path) -> None:
     """Writes the resolved configuration as YAML that `load` reads back to an equal Config."""
     Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def _at_least(bound: int, part: Any, section: str, *names: str) -> Iterator[str]:
+    for name in names:
+        value = getattr(part, name)
+        if value is not None and value < bound:
+            yield f"{section}.{name} is {value}: it must be at least {bound}"
 
 
 def _parts(config: Config) -> Iterator[Any]:

@@ -79,7 +79,8 @@ def test_a_kill_between_any_two_files_leaves_the_earlier_checkpoints_and_nothing
         if not killed:
             assert names == ["step_00000002", "step_00000003"]
             break
-        save_and_rotate(directory, 4)  # what the resumed run does; it also clears what the killed one left
+        checkpoint.clean(directory)  # what the resumed run does
+        save_and_rotate(directory, 4)
         assert [p.name for p in checkpoint.checkpoints(directory)][-1] == "step_00000004"
         assert all(p in checkpoint.checkpoints(directory) for p in directory.iterdir())
     assert kills >= 8, "a save has at least a directory, five files and a rename"
@@ -162,3 +163,31 @@ def test_reading_never_unpickles(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a safetensors file"):
         checkpoint.load_model(target)
     assert not (tmp_path / "exploded").exists()
+
+
+def test_every_file_is_on_disk_before_the_manifest_vouches_for_it_and_the_manifest_before_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    real_fsync, real_rename, real_write = os.fsync, Path.rename, Path.write_text
+
+    def fsync(descriptor: int) -> None:
+        events.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        real_fsync(descriptor)
+
+    def rename(path: Path, target: Path) -> Path:
+        events.append(f"rename {Path(target).name}")
+        return real_rename(path, target)
+
+    def write_text(path: Path, text: str) -> int:
+        events.append(f"write {path.name}")
+        return real_write(path, text)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(Path, "write_text", write_text)
+    save(tmp_path, 1)
+    manifest, renamed = events.index("write manifest.json"), events.index("rename step_00000001")
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json", "config.yaml"):
+        assert events.index(f"sync {name}") < manifest, events
+    assert manifest < events.index("sync manifest.json") < renamed < events.index(f"sync {tmp_path.name}")

@@ -42,7 +42,7 @@ def test_every_problem_is_reported_at_once_with_the_nearest_name() -> None:
         ("model.variant=13m", "model.variant is '13m': did you mean 130m?"),
         ("model.d_conv=9", "model.d_conv is 9"),
         ("model.d_state=1000", "at most 256"),
-        ("model.dt_min=1", "dt_init_floor <= dt_min < dt_max"),
+        ("model.dt_min=1", "must lie above 0 and below dt_max"),
         ("optim.min_lr=1", "between 0 and optim.lr"),
         ("optim.beta1=1.0", "below 1"),
         ("log.sinks=[console,tensorbord]", "did you mean tensorboard?"),
@@ -50,10 +50,33 @@ def test_every_problem_is_reported_at_once_with_the_nearest_name() -> None:
         ("data.path.inner=3", "unknown key data.path.inner: did you mean data.path?"),
         ("checkpoint.keep_last=0", "checkpoint.keep_last is 0"),
         ("nonsense", "not of the form key=value"),
+        ("log.sinks=[jsonl,jsonl]", "each sink once"),
+        ("optim.clip_norm=nan", "optim.clip_norm is nan: it must be a finite number"),
+        ("optim.lr=inf", "optim.lr is inf"),
+        ("train.steps=12.7", "train.steps is 12.7"),
+        ("data.path=${nope}", "placeholders are not filled in"),
+        ("data.path=???", "placeholders are not filled in"),
     ],
 )
 def test_impossible_values_are_refused(override: str, expected: str) -> None:
     assert any(expected in problem for problem in problems(override)), problems(override)
+
+
+def test_a_value_that_was_not_read_causes_no_second_complaint() -> None:
+    assert len(problems("train.steps=many")) == 1
+
+
+def test_a_token_budget_may_be_written_as_a_float_and_an_empty_section_is_no_mistake() -> None:
+    config = c.load([], ["model.d_model=8", "model.n_layer=1", "train.tokens=3e9", "optim=null"])
+    assert config.train.tokens == 3_000_000_000 and config.optim == c.OptimConfig()
+
+
+def test_the_digest_follows_the_training_and_not_where_it_runs() -> None:
+    base = c.load([], SMALL)
+    for same in ("run_dir=elsewhere", "data.workers=7", "checkpoint.resume=auto", "log.every_steps=3"):
+        assert c.load([], [*SMALL, same]).digest() == base.digest(), same
+    for other in ("optim.lr=2e-3", "model.d_state=8", "data.seq_len=32", "train.seed=1"):
+        assert c.load([], [*SMALL, other]).digest() != base.digest(), other
 
 
 def test_the_batch_must_divide_over_ranks() -> None:

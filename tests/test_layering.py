@@ -19,7 +19,7 @@ ROOMS = {  # a room may import itself and what is listed here; the longest match
     "optim": {"model", "config"},
     "distributed": {"optim", "config", "model"},  # model: the type in the contract, for annotations
     "metrics": {"config"},
-    "checkpoint": {"files", "config"},
+    "checkpoint": {"files", "config", "distributed.engine"},
     "evaluate": {"model", "data", "distributed.env", "metrics"},
     "export": {"model", "checkpoint", "config", "files", "data.tokenizer"},
     "build": {"checkpoint", "config", "data", "distributed", "export", "model", "optim"},

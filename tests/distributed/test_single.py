@@ -49,6 +49,17 @@ def test_a_step_is_adamw_of_the_clipped_gradient() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7, msg=name)
 
 
+def test_the_clipped_gradient_has_the_clipping_norm() -> None:
+    engine = make_engine(clip_norm=1e-4)
+    kept: list[float] = []
+    engine.optimizer.register_step_pre_hook(
+        lambda *_: kept.append(float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters()])))
+    )
+    engine.backward(loss_of(engine, 0), last_micro_batch=True)
+    norm = engine.step(1e-3).grad_norm
+    assert kept[0] == pytest.approx(1e-4 * norm / (norm + 1e-6), rel=1e-6)
+
+
 def test_micro_batches_accumulate_to_the_gradient_of_their_sum() -> None:
     whole, parts = make_engine(), make_engine()
     whole.backward(loss_of(whole, 1) + loss_of(whole, 2), last_micro_batch=True)
@@ -102,6 +113,7 @@ def test_saving_and_loading_goes_on_to_the_bit(precision: str, tmp_path: Path) -
     engine.save(tmp_path)
     other = make_engine(precision, seed=7)
     other.load(tmp_path)
+    assert other.scaler.state_dict() == engine.scaler.state_dict()
     for step in range(3, 6):
         results = []
         for e in (engine, other):

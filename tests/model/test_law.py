@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,7 @@ def groups(model: nn.Module, config: ModelConfig) -> dict[str, float]:
 
 
 def check(model: nn.Module, config: ModelConfig, *, fresh: bool = True) -> None:
-    audit(model.named_parameters(), config, groups(model, config), fresh=fresh)
+    audit(model.named_parameters(), config, groups(model, config), decay=DECAY, fresh=fresh)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_what_must_not_decay_is_caught(kind: str) -> None:
     model = MambaLM(config, seed=0)
     name = f"backbone.layers.2.{'' if kind == 'norm.weight' else 'mixer.'}{kind}"
     with pytest.raises(LawError, match=f"{name} has weight decay"):
-        audit(model.named_parameters(), config, groups(model, config) | {name: DECAY}, fresh=True)
+        audit(model.named_parameters(), config, groups(model, config) | {name: DECAY}, decay=DECAY, fresh=True)
 
 
 def test_a_parameter_in_no_group_is_caught() -> None:
@@ -131,7 +132,7 @@ def test_a_parameter_in_no_group_is_caught() -> None:
     known = groups(model, config)
     del known["backbone.layers.1.mixer.D"]
     with pytest.raises(LawError, match=r"layers\.1\.mixer\.D is in no parameter group"):
-        audit(model.named_parameters(), config, known, fresh=True)
+        audit(model.named_parameters(), config, known, decay=DECAY, fresh=True)
 
 
 def test_all_breaches_are_listed_at_once() -> None:
@@ -219,3 +220,32 @@ def test_values_are_those_of_mamba_ssm() -> None:
         assert found.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03), name
     (embedding,) = by_kind["backbone.embedding.weight"]
     assert embedding.std().item() == pytest.approx(0.02, rel=0.01)
+
+
+def test_a_matrix_that_does_not_decay_or_takes_no_gradient_is_caught() -> None:
+    config = shape()
+    model = MambaLM(config, seed=0)
+    name = "backbone.layers.0.mixer.in_proj.weight"
+    with pytest.raises(LawError, match=rf"{name} has weight decay 0.0: due is {DECAY}"):
+        audit(model.named_parameters(), config, groups(model, config) | {name: 0.0}, decay=DECAY, fresh=True)
+    model.get_parameter(name).requires_grad_(False)
+    with pytest.raises(LawError, match=f"{name} is in no parameter group, or takes no gradient"):
+        check(model, config)
+
+
+def test_values_that_are_not_finite_are_caught_in_a_resumed_model_too() -> None:
+    config = shape()
+    model = MambaLM(config, seed=0)
+    with torch.no_grad():
+        model.backbone.norm_f.weight[0] = float("nan")
+    with pytest.raises(LawError, match="norm_f.weight holds values that are not finite"):
+        check(model, config, fresh=False)
+
+
+@pytest.mark.parametrize("floor", [1e-4, 5e-3, 5e-2])
+def test_a_floor_under_dt_is_kept_and_lawful(floor: float) -> None:
+    config = dataclasses.replace(shape(), d_model=128, dt_init_floor=floor)
+    model = MambaLM(config, seed=3)
+    check(model, config)
+    dt = torch.nn.functional.softplus(model.backbone.layers[0].mixer.dt_proj.bias)
+    assert dt.min() >= max(floor, config.dt_min) * (1 - 1e-4)

@@ -91,13 +91,6 @@ def test_zero_state_is_no_state() -> None:
         assert torch.equal(model(ids, state=MambaState.zeros(model.config, 2)).logits, model(ids).logits)
 
 
-def test_detached_state_stops_gradients() -> None:
-    model = MambaLM(tiny(), seed=0)
-    state = model(text(1, 5)).state
-    assert state.ssm[0].requires_grad
-    assert not any(s.requires_grad for s in (*state.detach().conv, *state.detach().ssm))
-
-
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 def test_activation_checkpointing_changes_no_bit(autocast: bool) -> None:
     """The recomputed forward is the same one, so that a run may switch it on midway."""
