@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import struct
 import typing
 from bisect import bisect_right
@@ -43,6 +44,8 @@ VERSION: Final = 1
 HEADER: Final = struct.Struct("<9sQBQQ")
 DTYPES: Final = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 BLOCK_BYTES: Final = 1 << 24  # what verify() and hashing hold in memory at a time
+
+log = logging.getLogger("mamba_pretrain")
 
 
 class ShardError(ValueError):
@@ -361,3 +364,15 @@ def verify(
         else:
             problems.extend(shard.problems(manifest.tokenizer.vocab_size))
     return problems
+
+
+def verify_up_to(directory: str | Path, splits: Sequence[str], gib: float) -> None:
+    """Verifies each split of at most `gib` GiB, and warns about a larger one. Raises ShardError for a damaged one."""
+    manifest = Manifest.read(directory)
+    for split in splits:
+        size = sum(file.bytes for file in manifest.splits[split].files.values()) / 2**30
+        if size > gib:
+            how = "run python -m data_prep.verify_shards once"
+            log.warning("%s: %.1f GiB, more than %g, are not hashed; %s", split, size, gib, how)
+        elif problems := verify(directory, [split]):
+            raise ShardError(f"{directory} is damaged:\n" + "\n".join(f"- {p}" for p in problems))

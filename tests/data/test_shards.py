@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mamba_pretrain.data.shards import HEADER, Manifest, Shard, ShardError, open_split, verify
+from mamba_pretrain.data.shards import HEADER, Manifest, Shard, ShardError, open_split, verify, verify_up_to
 from mamba_pretrain.data.writer import ShardWriter
 from mamba_pretrain.files import atomic_directory
 from tests.helpers.corpora import make_dataset
@@ -276,6 +276,19 @@ def test_verify_names_tokens_beyond_the_vocabulary(tmp_path: Path) -> None:
     flip_bit(dataset / "train.bin", 7)  # token 3 becomes 256 + a letter
     assert any("1 tokens outside the vocabulary of 257, the first is id" in p for p in verify(dataset))
     assert any("at position 3" in p for p in verify(dataset))
+
+
+def test_a_damaged_split_is_refused_and_one_above_the_limit_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = make_dataset(tmp_path / "dataset", n_documents=80)
+    verify_up_to(dataset, ["train", "validation"], 1.0)
+    flip_bit(dataset / "validation.bin", 0)
+    with pytest.raises(ShardError, match=r"dataset is damaged:\n- .*validation\.bin has sha256"):
+        verify_up_to(dataset, ["train", "validation"], 1.0)
+    assert caplog.text == ""
+    verify_up_to(dataset, ["validation"], 0)
+    assert "validation: 0.0 GiB, more than 0, are not hashed" in caplog.text
 
 
 def test_a_document_index_that_runs_backwards_is_a_problem(tmp_path: Path) -> None:
