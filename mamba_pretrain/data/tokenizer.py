@@ -6,9 +6,10 @@ through a table of each id's bytes, so that pieces of a character join up and a 
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -16,6 +17,7 @@ import sentencepiece
 import tokenizers
 
 SPACE_MARK: Final = "\u2581"  # SentencePiece writes a space as this character
+REPLACEMENT: Final = "\ufffd".encode()  # what the tokenizers library shows for a part of a character
 KNOWN_EOD: Final = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]")
 KNOWN_BOS: Final = ("<|begin_of_text|>", "<|startoftext|>", "<s>", "<bos>", "<|bos|>", "[BOS]")
 BYTES_FILE: Final = b"Byte tokenizer: ids 0 to 255 are the bytes of UTF-8, 256 begins and ends a document.\n"
@@ -44,6 +46,28 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, with U+FFFD where they stop inside a character."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def stream(self, ids: Iterable[int], context: Sequence[int] = ()) -> Iterator[str]:
+        """The text of `ids` in increments, as they come: what `decode` of context and ids adds to that of the context.
+
+        A character is held until it is whole, and a token's space is kept unless it begins the document.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        window, known = list(context), self.decode_bytes(context)
+        n_known = len(window)
+        decoder.decode(known)
+        for i in ids:
+            window.append(i)
+            joined = self.decode_bytes(window)
+            if len(joined) <= len(known) or joined.endswith(REPLACEMENT):
+                continue
+            if text := decoder.decode(joined[len(known) :]):
+                yield text
+            # How a piece decodes depends on whether text precedes it, not on how much.
+            window = window[n_known:]
+            n_known, known = len(window), self.decode_bytes(window)
+        if text := decoder.decode(self.decode_bytes(window)[len(known) :], final=True):
+            yield text
 
     @property
     def sha256(self) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -162,3 +164,65 @@ def test_missing_tokenizers_are_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "gone.model")
     with pytest.raises(TokenizerError, match="holds no tokenizer; expected one of"):
         load_tokenizer(tmp_path)
+
+
+def with_dummy_prefix(directory: Path, kind: str) -> Path:
+    """A tokenizer that puts a space before every text, as Llama's and T5's do, with bytes for rare characters."""
+    texts = [*make_documents(100), "\U0001f600"]
+    if kind == "sentencepiece":
+        content = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=content,
+            vocab_size=300,
+            byte_fallback=True,
+            character_coverage=0.99,
+            minloglevel=2,
+        )
+        (directory / "tokenizer.model").write_bytes(content.getvalue())
+    else:
+        byte_pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+        model = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        model.pre_tokenizer = pre_tokenizers.Metaspace()
+        model.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+        trainer = trainers.BpeTrainer(
+            vocab_size=360, special_tokens=["<unk>", "</s>", *byte_pieces], limit_alphabet=40, show_progress=False
+        )
+        model.train_from_iterator(texts, trainer)
+        settings = json.loads(model.to_str())
+        settings["added_tokens"] = [token for token in settings["added_tokens"] if token["id"] < 2]
+        (directory / "tokenizer.json").write_text(json.dumps(settings))
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "metaspace"])
+def test_a_stream_keeps_the_spaces_between_words_and_drops_the_first_of_a_document(tmp_path: Path, kind: str) -> None:
+    found = load_tokenizer(with_dummy_prefix(tmp_path, kind))
+    text = (
+        "the river  and \U0001f600 the \u4e2d hill"
+        if kind == "metaspace"
+        else "the river and \U0001f600 the \u4e2d hill"
+    )
+    ids = found.encode(text)
+    assert len(ids) > 10
+    assert "".join(found.stream(ids)) == text
+    assert "".join(found.stream(ids, [found.bos_id])) == text
+    prompt = found.encode("the river")
+    assert ids[: len(prompt)] == prompt
+    assert "".join(found.stream(ids[len(prompt) :], [found.bos_id, *prompt])) == text.removeprefix("the river")
+    assert not any("\ufffd" in part for part in found.stream(ids))
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=st.text(st.sampled_from("ab e\n\u00e9\u4e2d\U0001f600\u2581\ufffd"), max_size=12), cut=st.integers(0, 40))
+def test_a_stream_adds_up_to_the_whole_text_wherever_it_begins(tokenizer: Tokenizer, text: str, cut: int) -> None:
+    ids = tokenizer.encode(text)
+    known = tokenizer.decode_bytes(ids[:cut]).decode(errors="ignore")
+    assert known + "".join(tokenizer.stream(iter(ids[cut:]), ids[:cut])) == text
+
+
+def test_a_stream_shows_text_as_it_comes_and_a_cut_character_at_its_end(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a b \U0001f600")
+    parts = tokenizer.stream(iter(ids[:-1]))
+    assert next(parts).startswith("a")
+    assert "".join(parts).endswith("\ufffd")
