@@ -65,7 +65,7 @@ def run(config: Config) -> int:
         config, state = this.config, this.state
         config_module.save(config, directory / "config.yaml")
         log.info("step %d of %d, %d tokens each", state.step, config.steps, config.train.batch_tokens)
-        sinks, saver, recent = Sinks(config, directory, state.step), Saver(this), _Recent()
+        sinks, saver, recent = Sinks(config, directory, state.step), Saver(this), Recent()
         skipped_in_a_row = 0
         try:
             _evaluate_if_due(this, sinks)  # what a stop may have kept the checkpoint's step from
@@ -77,7 +77,7 @@ def run(config: Config) -> int:
                 if saving or state.step % config.log.every_steps == 0:
                     # Also before every save: what is not logged by then would be missing after a resume.
                     sinks.write(recent.record(this))
-                    recent = _Recent()
+                    recent = Recent()
                 if saving:
                     saver.save()
                 if stop is not None and state.step < config.steps:
@@ -154,7 +154,7 @@ def _evaluate_if_due(run: Run, sinks: Sinks) -> None:
     sinks.write({"kind": "eval", "step": step, "tokens": run.state.tokens, **figures})
 
 
-class _Recent:
+class Recent:
     """The steps since the last record."""
 
     def __init__(self) -> None:

@@ -101,6 +101,15 @@ def test_mistakes_get_one_message_and_exit_code_2(
     assert expected in error and "Traceback" not in error
 
 
+def test_a_run_directory_that_cannot_be_made_is_a_message(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for run_dir in (tmp_path / "file", tmp_path / "file/below"):
+        assert main(["train", *OPTIONS, f"data.path={dataset}", f"run_dir={run_dir}"]) == 2
+        assert str(tmp_path / "file") in capsys.readouterr().err
+
+
 def test_generation_refuses_impossible_sampling(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--model", str(trained), "--top-p", "0"]) == 2
     assert "top_p is 0.0" in capsys.readouterr().err

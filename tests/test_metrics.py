@@ -34,6 +34,25 @@ def test_every_sink_gets_every_record_and_wandb_works_offline(tmp_path: Path) ->
     assert list(tmp_path.glob(f"wandb/offline-run-*-{identity}/*.wandb"))
 
 
+def test_a_resumed_run_keeps_the_points_up_to_its_checkpoint_and_replaces_those_after(tmp_path: Path) -> None:
+    config = make_config("tensorboard")
+    for first, loss in ((0, 1.0), (2, 9.0)):
+        sinks = Sinks(config, tmp_path, first_step=first)
+        for step in range(first + 1, 5):
+            sinks.write(RECORD | {"step": step, "loss": loss})
+        sinks.close()
+    scalars = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    assert [(e.step, e.value) for e in scalars] == [(1, 1.0), (2, 1.0), (3, 9.0), (4, 9.0)]
+
+
+def test_what_is_not_a_number_is_null_in_jsonl(tmp_path: Path) -> None:
+    sink = Jsonl(tmp_path / "metrics.jsonl")
+    sink.write(RECORD | {"loss": float("nan"), "grad_norm": float("inf")})
+    sink.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert line["loss"] is None and line["grad_norm"] is None
+
+
 def test_a_line_torn_by_a_kill_does_not_spoil_the_next_one(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "train", "st')

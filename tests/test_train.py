@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -11,19 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models
 
 from mamba_pretrain import checkpoint, train
-from mamba_pretrain.build import build
-from mamba_pretrain.checkpoint import CheckpointError
+from mamba_pretrain.build import TrainState, build
 from mamba_pretrain.config import ConfigError
-from mamba_pretrain.data.shards import ShardError
-from mamba_pretrain.distributed.engine import OPTIMIZER
-from mamba_pretrain.distributed.env import EXIT_PREEMPTED
-from mamba_pretrain.export.convert import export_checkpoint
-from mamba_pretrain.train import NonFiniteError, Saver, only_run_in, run, steps
+from mamba_pretrain.data.packing import n_windows
+from mamba_pretrain.distributed.engine import OPTIMIZER, StepResult
+from mamba_pretrain.distributed.env import EXIT_PREEMPTED, Preemption
+from mamba_pretrain.train import NonFiniteError, Recent, Saver, Step, only_run_in, run, steps
 from tests.helpers.corpora import make_dataset
-from tests.helpers.runs import finish, records, small_config, start
+from tests.helpers.runs import finish, losses, records, small_config, start
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,10 +38,6 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("runs") / "finished"
     assert run(small_config(dataset, directory)) == 0
     return directory
-
-
-def losses(directory: Path) -> dict[int, float]:
-    return {step: record["loss"] for step, record in records(directory).items()}
 
 
 def assert_same_run(found: Path, expected: Path, step: int = 12) -> None:
@@ -198,87 +190,90 @@ def test_too_many_nonfinite_steps_in_a_row_end_the_run(
     assert [p.name for p in checkpoint.checkpoints(tmp_path / "run/checkpoints")] == ["step_00000004"]
 
 
-def test_a_used_run_directory_is_refused_unless_asked_to_resume(dataset: Path, finished: Path) -> None:
-    with pytest.raises(ConfigError, match="--resume auto"):
-        run(small_config(dataset, finished))
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ("model.d_state=8", "model.d_state was 4, is 8"),
-        ("train.seed=1", "seed was 0, is 1"),
-        ("data.seq_len=64", "seq_len was 32, is 64"),
-        ("data.reset_documents=false", "reset_documents was True, is False"),
-    ],
-)
-def test_resuming_with_another_model_or_data_is_refused(dataset: Path, finished: Path, change: str, named: str) -> None:
-    with pytest.raises(CheckpointError, match=named):
-        build(small_config(dataset, finished, "checkpoint.resume=auto", change))
-
-
-def test_resuming_on_other_data_is_refused(finished: Path, tmp_path: Path) -> None:
-    other = make_dataset(tmp_path / "other", n_documents=50, seed=3)
-    with pytest.raises(CheckpointError, match="data was '"):
-        build(small_config(other, finished, "checkpoint.resume=auto"))
-
-
-def test_a_changed_learning_rate_is_allowed_and_said(
-    dataset: Path, finished: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level("WARNING", logger="mamba_pretrain"):
-        resumed = build(small_config(dataset, finished, "checkpoint.resume=auto", "optim.lr=5e-4"))
-    assert resumed.state.step == 12
-    assert "resuming with another optim.lr: was 0.001, is 0.0005" in caplog.text
-
-
-def test_damaged_and_missing_shards_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path / "dataset")
-    with pytest.raises(ShardError):
-        run(small_config(tmp_path / "absent", tmp_path / "run"))
-    with (dataset / "train.bin").open("r+b") as file:
-        file.seek(11)
-        file.write(b"\x01")
-    with pytest.raises(ShardError, match="is damaged"):
-        run(small_config(dataset, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_dataset_of_another_tokenizer_or_a_larger_vocabulary_is_refused(dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has 257 tokens, model.vocab_size is 100: set model.vocab_size=257"):
-        build(small_config(dataset, tmp_path / "run", "model.vocab_size=100"))
-    other = tmp_path / "other.json"
-    tokenizer = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a"))
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    tokenizer.save(str(other))
-    with pytest.raises(ShardError, match="was made with another tokenizer"):
-        build(small_config(dataset, tmp_path / "run", f"data.tokenizer={other}"))
-
-
 def test_a_run_directory_serves_one_process_at_a_time(dataset: Path, tmp_path: Path) -> None:
-    with only_run_in(tmp_path / "run"), pytest.raises(ConfigError, match="another process trains in"):
-        run(small_config(dataset, tmp_path / "run"))
+    with only_run_in(tmp_path / "run"):
+        with pytest.raises(ConfigError, match="another process trains in"):
+            run(small_config(dataset, tmp_path / "run"))
+        assert (tmp_path / "run").is_dir(), "the refused one leaves the other's directory alone"
 
 
-def test_training_goes_on_from_an_exported_model_by_one_key(dataset: Path, finished: Path, tmp_path: Path) -> None:
-    source = finished / "checkpoints/step_00000012"
-    weights = load_file(source / checkpoint.MODEL)
-    for form in ("hf", "mamba_ssm"):
-        export_checkpoint(source, tmp_path / form, to=form)
-        shape = ("model.d_model=null", "model.n_layer=null", "model.d_state=16", f"train.init_from={tmp_path / form}")
-        started = build(small_config(dataset, tmp_path / f"from_{form}", *shape))
-        assert started.config.model == dataclasses.replace(small_config(dataset, tmp_path).model, vocab_size=257)
-        assert all(torch.equal(v, weights[k]) for k, v in started.engine.full_state_dict().items())
-        first = next(iter(steps(started)))
-        assert first.loss < losses(finished)[1] - 0.02
-    clash = small_config(dataset, tmp_path / "clash", "model.d_state=8", f"train.init_from={tmp_path / 'hf'}")
-    with pytest.raises(ConfigError, match="model.d_state is 8, the weights to start from have 4"):
-        build(clash)
+def test_records_are_the_same_across_a_kill_however_they_fall_with_checkpoints(dataset: Path, tmp_path: Path) -> None:
+    options = ("log.every_steps=5", "train.steps=12")
+    run(small_config(dataset, tmp_path / "whole", *options))
+    partial = build(small_config(dataset, tmp_path / "resumed", *options))
+    for _, _ in zip(range(4), steps(partial), strict=False):
+        pass
+    Saver(partial).save()
+    run(small_config(dataset, tmp_path / "resumed", *options, "checkpoint.resume=auto"))
+    whole, resumed = records(tmp_path / "whole"), records(tmp_path / "resumed")
+    assert sorted(whole) == [4, 5, 8, 10, 12], "every fifth step, and before every checkpoint"
+    for step in (5, 8, 10, 12):
+        for figure in ("loss", "averaged_steps", "skipped_steps", "tokens", "lr", "grad_norm"):
+            assert resumed[step][figure] == whole[step][figure]
+    assert sum(record["averaged_steps"] for record in whole.values()) == 12
 
 
-def test_init_from_resumes_from_its_own_checkpoints(dataset: Path, finished: Path, tmp_path: Path) -> None:
-    start_from = f"train.init_from={finished / 'checkpoints/step_00000012'}"
-    shape = ("model.d_model=null", "model.n_layer=null", "model.d_state=16")
-    run(small_config(dataset, tmp_path / "run", start_from, *shape, "train.steps=4"))
-    resumed = build(small_config(dataset, tmp_path / "run", start_from, *shape, "checkpoint.resume=auto"))
-    assert resumed.state.step == 4
+def test_a_record_is_the_mean_of_its_good_steps(dataset: Path, tmp_path: Path) -> None:
+    this = build(small_config(dataset, tmp_path))
+    recent = Recent()
+    for loss, skipped, seconds in ((2.0, False, 1.0), (math.nan, True, 2.0), (4.0, False, 1.0)):
+        recent.add(Step(loss, 0.1, StepResult(1.5, skipped, 1.0), [7], seconds, 0.5))
+    record = recent.record(this)
+    assert (record["loss"], record["averaged_steps"], record["skipped_steps"]) == (3.0, 2, 1)
+    assert record["tokens_per_s"] == pytest.approx(3 * 256 / 4.0)
+    assert (record["time/step_s"], record["time/data_loading_s"]) == pytest.approx((4 / 3, 0.5))
+
+
+def test_the_state_counts_samples_tokens_and_epochs(dataset: Path, tmp_path: Path) -> None:
+    this = build(small_config(dataset, tmp_path, "train.steps=40"))
+    windows = n_windows(this.train, 32)
+    for count, step in enumerate(steps(this), start=1):
+        assert step.samples == list(range(8 * (count - 1), 8 * count))
+        assert this.state == TrainState(count, 8 * count, 256 * count, 8 * count // windows)
+    assert this.state.epoch >= 1
+
+
+def test_good_steps_between_skipped_ones_start_the_count_anew(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, range(1, 12, 2))
+    assert run(small_config(dataset, tmp_path / "run", "train.max_nonfinite=2")) == 0
+    assert len((tmp_path / "run/nonfinite.jsonl").read_text().splitlines()) == 6
+
+
+def test_checkpoints_by_time_are_spaced_by_that_time(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    saver = Saver(build(small_config(dataset, tmp_path, "checkpoint.every_steps=0", "checkpoint.every_minutes=10")))
+    due = []
+    for minute in range(1, 26):
+        now[0] = 60.0 * minute
+        if saver.due():
+            due.append(minute)
+            saver.run.state.step += 1
+            saver.save()
+    assert due == [11, 22]
+
+
+def test_a_signal_between_two_looks_at_it_is_not_lost(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(Preemption):
+        """Gets its signal right after the trainer has looked for the first time."""
+
+        looks = 0
+
+        @property
+        def received(self) -> signal.Signals | None:  # type: ignore[override]
+            self.looks += 1
+            return signal.SIGTERM if self.looks > 1 else None
+
+        @received.setter
+        def received(self, value: signal.Signals | None) -> None:
+            pass
+
+    monkeypatch.setattr(train, "Preemption", Late)
+    assert run(small_config(dataset, tmp_path / "run", "checkpoint.every_steps=0")) == EXIT_PREEMPTED
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "run/checkpoints")] == ["step_00000002"]

@@ -62,3 +62,7 @@ def records(run_dir: Path, kind: str = "train") -> dict[int, dict[str, Any]]:
     """The run's metrics by step; of a repeated step the last."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return {r["step"]: r for r in map(json.loads, filter(None, lines)) if r["kind"] == kind}
+
+
+def losses(directory: Path) -> dict[int, float]:
+    return {step: record["loss"] for step, record in records(directory).items()}

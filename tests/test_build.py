@@ -1,0 +1,138 @@
+"""What a run checks and restores before its first step."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
+
+from mamba_pretrain import checkpoint
+from mamba_pretrain.build import build
+from mamba_pretrain.checkpoint import CheckpointError
+from mamba_pretrain.config import ConfigError
+from mamba_pretrain.data.shards import ShardError
+from mamba_pretrain.export.convert import export_checkpoint
+from mamba_pretrain.train import run, steps
+from tests.helpers.corpora import make_dataset
+from tests.helpers.runs import losses, small_config
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("data") / "dataset", n_documents=80)
+
+
+@pytest.fixture(scope="module")
+def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("runs") / "finished"
+    assert run(small_config(dataset, directory)) == 0
+    return directory
+
+
+def test_a_used_run_directory_is_refused_unless_asked_to_resume(dataset: Path, finished: Path) -> None:
+    with pytest.raises(ConfigError, match="--resume auto"):
+        run(small_config(dataset, finished))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("model.d_state=8", "model.d_state was 4, is 8"),
+        ("train.seed=1", "seed was 0, is 1"),
+        ("data.seq_len=64", "seq_len was 32, is 64"),
+        ("data.reset_documents=false", "reset_documents was True, is False"),
+    ],
+)
+def test_resuming_with_another_model_or_data_is_refused(dataset: Path, finished: Path, change: str, named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        build(small_config(dataset, finished, "checkpoint.resume=auto", change))
+
+
+def test_resuming_on_other_data_is_refused(finished: Path, tmp_path: Path) -> None:
+    other = make_dataset(tmp_path / "other", n_documents=50, seed=3)
+    with pytest.raises(CheckpointError, match="data was '"):
+        build(small_config(other, finished, "checkpoint.resume=auto"))
+
+
+def test_a_changed_learning_rate_is_allowed_and_said(
+    dataset: Path, finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", logger="mamba_pretrain"):
+        resumed = build(small_config(dataset, finished, "checkpoint.resume=auto", "optim.lr=5e-4"))
+    assert resumed.state.step == 12
+    assert "resuming with another optim.lr: was 0.001, is 0.0005" in caplog.text
+
+
+def test_damaged_and_missing_shards_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "dataset")
+    with pytest.raises(ShardError):
+        run(small_config(tmp_path / "absent", tmp_path / "run"))
+    with (dataset / "train.bin").open("r+b") as file:
+        file.seek(11)
+        file.write(b"\x01")
+    with pytest.raises(ShardError, match="is damaged"):
+        run(small_config(dataset, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dataset_of_another_tokenizer_or_a_larger_vocabulary_is_refused(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has 257 tokens, model.vocab_size is 100: set model.vocab_size=257"):
+        build(small_config(dataset, tmp_path / "run", "model.vocab_size=100"))
+    other = tmp_path / "other.json"
+    tokenizer = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a"))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(other))
+    with pytest.raises(ShardError, match="was made with another tokenizer"):
+        build(small_config(dataset, tmp_path / "run", f"data.tokenizer={other}"))
+
+
+def test_training_goes_on_from_an_exported_model_by_one_key(dataset: Path, finished: Path, tmp_path: Path) -> None:
+    source = finished / "checkpoints/step_00000012"
+    weights = load_file(source / checkpoint.MODEL)
+    for form in ("hf", "mamba_ssm"):
+        export_checkpoint(source, tmp_path / form, to=form)
+        shape = ("model.d_model=null", "model.n_layer=null", "model.d_state=16", f"train.init_from={tmp_path / form}")
+        started = build(small_config(dataset, tmp_path / f"from_{form}", *shape))
+        assert started.config.model == dataclasses.replace(small_config(dataset, tmp_path).model, vocab_size=257)
+        assert all(torch.equal(v, weights[k]) for k, v in started.engine.full_state_dict().items())
+        first = next(iter(steps(started)))
+        assert first.loss < losses(finished)[1] - 0.02
+    clash = small_config(dataset, tmp_path / "clash", "model.d_state=8", f"train.init_from={tmp_path / 'hf'}")
+    with pytest.raises(ConfigError, match="model.d_state is 8, the weights to start from have 4"):
+        build(clash)
+
+
+def test_init_from_resumes_from_its_own_checkpoints(dataset: Path, finished: Path, tmp_path: Path) -> None:
+    start_from = f"train.init_from={finished / 'checkpoints/step_00000012'}"
+    shape = ("model.d_model=null", "model.n_layer=null", "model.d_state=16")
+    run(small_config(dataset, tmp_path / "run", start_from, *shape, "train.steps=4"))
+    resumed = build(small_config(dataset, tmp_path / "run", start_from, *shape, "checkpoint.resume=auto"))
+    assert resumed.state.step == 4
+
+
+def test_going_on_from_an_older_checkpoint_never_overwrites_newer_ones(
+    dataset: Path, finished: Path, tmp_path: Path
+) -> None:
+    older = finished / "checkpoints/step_00000004"
+    with pytest.raises(CheckpointError, match="also holds step_00000008, step_00000012, which going on"):
+        build(small_config(dataset, finished, f"checkpoint.resume={older}"))
+    assert run(small_config(dataset, tmp_path / "elsewhere", f"checkpoint.resume={older}")) == 0
+    assert losses(tmp_path / "elsewhere") == {step: loss for step, loss in losses(finished).items() if step > 4}
+
+
+def test_a_finished_run_says_that_nothing_is_left(
+    dataset: Path, finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", logger="mamba_pretrain"):
+        assert run(small_config(dataset, finished, "checkpoint.resume=auto", "train.steps=6")) == 0
+    assert "is at step 12 of 6: the run is longer than asked for" in caplog.text
+
+
+def test_a_run_without_validation_split_trains(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "dataset", fractions=(1.0, 0.0, 0.0))
+    options = ("data.validation_split=null", "train.steps=2", "eval.every_steps=1")
+    assert run(small_config(dataset, tmp_path / "run", *options)) == 0
