@@ -15,6 +15,10 @@ from mamba_pretrain.model.lm import MambaLM
 PREFILL_TOKENS = 2048
 
 
+class GenerationError(ValueError):
+    """An impossible argument, or a model whose predictions are not finite."""
+
+
 def generate(
     model: MambaLM,
     prompt_ids: list[int],
@@ -25,18 +29,23 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_ids: Collection[int] = (),
+    vocab_size: int | None = None,
 ) -> Iterator[int]:
     """Yields up to `max_tokens` ids that continue `prompt_ids`, and ends before the first of `stop_ids`.
 
-    The prompt is read in parallel, then every token is one `MambaLM.step`. Of the real tokens (padding rows of the
-    head are never sampled) the `top_k` likeliest stay (0: all), of these the fewest that hold `top_p` of the
+    The prompt is read in parallel, then every token is one `MambaLM.step`. Of the real tokens (the first `vocab_size`,
+    by default the model's; a model may have more rows than its tokenizer has tokens, and rows that pad the head are
+    never sampled) the `top_k` likeliest stay (0: all), of these the fewest that hold `top_p` of the
     probability, after division of the logits by `temperature` (0: always the likeliest). Runs in the ambient autocast
-    dtype; sampling is fp32 on the CPU from a generator of its own, so that `seed` decides alone.
+    dtype; sampling is fp64 on the CPU from a generator of its own, so that `seed` decides alone.
 
-    Raises ValueError at the call for an impossible argument, and while generating where the logits are not finite.
+    Raises GenerationError at the call for an impossible argument, and while generating where the logits are not finite.
     """
-    vocab_size = model.config.need("vocab_size")
+    rows = model.config.need("vocab_size")
+    vocab_size = rows if vocab_size is None else vocab_size
     problems = []
+    if not 1 <= vocab_size <= rows:
+        problems.append(f"vocab_size is {vocab_size}: it must be 1 to {rows}, the model's")
     if not prompt_ids:
         problems.append("the prompt is empty: pass the tokenizer's bos id to start from nothing")
     if unknown := sorted({i for i in (*prompt_ids, *stop_ids) if not 0 <= i < vocab_size}):
@@ -49,9 +58,11 @@ def generate(
         problems.append(f"top_k is {top_k}: it must be 0 (no limit) or more")
     if not 0 < top_p <= 1:
         problems.append(f"top_p is {top_p}: it must be above 0 and at most 1 (no limit)")
+    if not 0 <= seed < 2**63:
+        problems.append(f"seed is {seed}: it must be 0 or more, and below 2**63")
     if problems:
-        raise ValueError("; ".join(problems))
-    return _tokens(model, prompt_ids, max_tokens, temperature, top_k, top_p, seed, frozenset(stop_ids))
+        raise GenerationError("; ".join(problems))
+    return _tokens(model, prompt_ids, max_tokens, temperature, top_k, top_p, seed, frozenset(stop_ids), vocab_size)
 
 
 @torch.no_grad()
@@ -64,9 +75,10 @@ def _tokens(
     top_p: float,
     seed: int,
     stop_ids: frozenset[int],
+    vocab_size: int,
 ) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
-    device, vocab_size = model.head_weight_VD.device, model.config.need("vocab_size")
+    device = model.head_weight_VD.device
     logits_V, state = _prefill(model, torch.tensor(prompt_ids, device=device))
     for count in range(1, max_tokens + 1):
         token = _sample(logits_V[:vocab_size].float().cpu(), temperature, top_k, top_p, generator)
@@ -89,14 +101,15 @@ def _prefill(model: MambaLM, prompt_L: Tensor) -> tuple[Tensor, MambaState]:
 
 def _sample(logits_V: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
     if not torch.isfinite(logits_V).all():
-        raise ValueError("the logits are not finite: the weights are damaged, or the model needs bf16 or fp32")
+        raise GenerationError("the logits are not finite: the weights are damaged, or the model needs bf16 or fp32")
     if temperature == 0:
         return int(logits_V.argmax())
-    # Largest first, ties by id as argmax has them; subtracting the maximum keeps tiny temperatures finite.
+    # Largest first, ties by id as argmax has them. The maximum becomes 0, which stays 0 over any temperature that fp64
+    # tells from 0; the others go to -inf at worst, and to a probability of 0.
     sorted_V, ids_V = (logits_V - logits_V.max()).sort(descending=True, stable=True)
     if top_k:
         sorted_V = sorted_V[:top_k]
-    probabilities_V = F.softmax(sorted_V / temperature, dim=-1)
+    probabilities_V = F.softmax(sorted_V.double() / temperature, dim=-1)
     mass_before_V = probabilities_V.cumsum(0) - probabilities_V
     probabilities_V = probabilities_V * (mass_before_V < top_p)
     return int(ids_V[torch.multinomial(probabilities_V, 1, generator=generator)])

@@ -10,7 +10,7 @@ import torch
 
 from mamba_pretrain.config import ModelConfig
 from mamba_pretrain.model import generate as generate_module
-from mamba_pretrain.model.generate import generate
+from mamba_pretrain.model.generate import GenerationError, generate
 from mamba_pretrain.model.lm import MambaLM
 
 CONFIG = ModelConfig(d_model=16, n_layer=2, vocab_size=11, d_state=4, embedding_std=0.5, tie_embeddings=False)
@@ -55,7 +55,9 @@ def test_the_seed_alone_decides_the_text(model: MambaLM) -> None:
     assert list(generate(model, PROMPT, max_tokens=30, seed=4)) != first
 
 
-@pytest.mark.parametrize("limits", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-6}], ids=str)
+@pytest.mark.parametrize(
+    "limits", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-6}, {"temperature": 1e-50}], ids=str
+)
 def test_the_narrowest_limits_are_greedy(model: MambaLM, limits: dict[str, Any]) -> None:
     greedy = list(generate(model, PROMPT, max_tokens=20, temperature=0))
     assert list(generate(model, PROMPT, max_tokens=20, seed=1, **limits)) == greedy
@@ -87,6 +89,21 @@ def test_rows_that_pad_the_head_are_never_chosen(temperature: float) -> None:
     text = list(generate(memoryless(likely_padding_V), [0], max_tokens=100, temperature=temperature))
     assert len(text) == 100
     assert max(text) < 11
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_without_a_token_are_never_chosen(temperature: float) -> None:
+    """As released models have them: more rows than the tokenizer has tokens."""
+    likely_end_V = torch.cat([torch.zeros(8), torch.full((8,), 50.0)])
+    text = list(generate(memoryless(likely_end_V), [0], max_tokens=100, temperature=temperature, vocab_size=8))
+    assert len(text) == 100
+    assert max(text) < 8
+
+
+def test_top_p_keeps_no_more_than_the_fewest_tokens_that_hold_it() -> None:
+    four_V = torch.cat([torch.zeros(4), torch.full((12,), -1e4)])  # a quarter each, exactly; the first come first
+    for top_p, kept in ((0.25, 1), (0.5, 2), (0.51, 3), (0.75, 3), (0.76, 4)):
+        assert set(generate(memoryless(four_V), [0], max_tokens=50, top_p=top_p)) == set(range(kept))
 
 
 def test_it_ends_before_a_stop_id_and_otherwise_at_max_tokens(model: MambaLM) -> None:
@@ -133,14 +150,17 @@ def test_it_runs_under_autocast(model: MambaLM) -> None:
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"max_tokens": -1}, "max_tokens is -1"),
+        ({"seed": -1}, "seed is -1: it must be 0 or more"),
+        ({"seed": 2**63}, r"seed is 9223372036854775808: .* below 2\*\*63"),
+        ({"vocab_size": 12}, "vocab_size is 12: it must be 1 to 11"),
     ],
     ids=str,
 )
 def test_impossible_arguments_are_refused_at_the_call(model: MambaLM, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(GenerationError, match=message):
         generate(model, **({"prompt_ids": PROMPT, "max_tokens": 5} | options))
 
 
 def test_logits_that_are_not_finite_stop_it() -> None:
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(GenerationError, match="not finite"):
         next(generate(memoryless(torch.full((16,), float("nan"))), [0], max_tokens=1))
