@@ -16,7 +16,7 @@ from mamba_pretrain import config as config_module
 from mamba_pretrain.checkpoint import CheckpointError
 from mamba_pretrain.config import Config, ConfigError, ModelConfig
 from mamba_pretrain.data.order import ORDER_VERSION
-from mamba_pretrain.data.shards import Manifest, Shard, ShardError, open_split, verify
+from mamba_pretrain.data.shards import Manifest, Shard, open_split, verify_up_to
 from mamba_pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from mamba_pretrain.distributed.engine import Engine
 from mamba_pretrain.distributed.env import bf16_is_native, check_precision, resolve_device
@@ -113,13 +113,7 @@ def _open_data(config: Config) -> tuple[Shard, Shard | None, Manifest, Tokenizer
     wanted = None if data.tokenizer is None else load_tokenizer(data.tokenizer).sha256
     train, manifest = open_split(data.path, data.train_split, tokenizer_sha256=wanted)
     validation = open_split(data.path, data.validation_split)[0] if data.validation_split is not None else None
-    for split in filter(None, (data.train_split, data.validation_split)):
-        gib = sum(file.bytes for file in manifest.splits[split].files.values()) / 2**30
-        if gib > data.verify_gib:
-            how = "run python -m data_prep.verify_shards once"
-            log.warning("%s: %.1f GiB, above data.verify_gib, are not hashed; %s", split, gib, how)
-        elif problems := verify(data.path, [split]):
-            raise ShardError(f"{data.path} is damaged:\n" + "\n".join(f"- {p}" for p in problems))
+    verify_up_to(data.path, [split for split in (data.train_split, data.validation_split) if split], data.verify_gib)
     return train, validation, manifest, load_tokenizer(data.path)
 
 
