@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sampling = ("--prompt", PROMPT, "--max-tokens", 120, "--temperature", 0.8, "--top-p", 0.95)
     python("mamba_pretrain.cli", "generate", "--model", last, *sampling)
     print(f"\nAll of it is in {output}. {(time.monotonic() - began) / 60:.1f} minutes.")
-    if bits["this model"] > bits["xz -9e"]:
+    if bits["this model"] > bits["xz -9"]:
         print("The model does not beat xz on these bytes: it has seen too few tokens.", file=sys.stderr)
         return EXIT_WORSE_THAN_XZ
     return 0

@@ -2,7 +2,7 @@
 
 `evaluate_documents` is the one to publish: every document is read from its first token to its last from zero state,
 and no context is lost where a window ends. `evaluate_windows` scores fixed windows as the trainer sees them, each from
-zero state: what is watched during training, and what most other systems report.
+zero state: what is watched during training. (Most other systems report the like, the state flowing across documents.)
 
 Bits per byte charge a model for everything a compressor would have to send: each token, the end of each document, and
 log2(vocabulary) bits for a first token that nothing predicts (that of documents stored without bos). They do not depend
@@ -50,8 +50,9 @@ class PerplexityResult:
     vocab_size: int
     seconds: float
     documents: int | None = None
-    text_bytes: int | None = None
+    text_bytes: int | None = None  # this and words: None where the tokenizer loses text
     words: int | None = None  # separated by whitespace
+    not_round_trip: int | None = None  # documents of the dataset that do not decode to their own bytes
 
     @property
     def nats_per_token(self) -> float:
@@ -79,6 +80,16 @@ class PerplexityResult:
     def tokens_per_s(self) -> float:
         return self.tokens / self.seconds if self.seconds else math.inf
 
+    @property
+    def missing(self) -> str | None:
+        """Why a result over whole documents has no bits per byte and no word perplexity."""
+        if not self.not_round_trip:
+            return None
+        return (
+            "bits per byte and word perplexity are left out, since the tokenizer loses text: "
+            f"{self.not_round_trip:,} documents of the dataset do not decode to their own bytes"
+        )
+
     def to_json(self, **facts: Any) -> str:
         """Every field and figure, after the caller's `facts` (checkpoint, configuration's hash); null if not finite."""
         figures = ("nats_per_token", "perplexity", "total_nats", "bits_per_byte", "word_perplexity", "tokens_per_s")
@@ -104,6 +115,7 @@ def evaluate_documents(
     *,
     adds_bos: bool,
     tokenizer: Tokenizer,
+    not_round_trip: int = 0,
     lanes: int = 32,  # many short rows suit the scan, which works through a window step by step
     window: int = 256,
     max_documents: int | None = None,
@@ -115,7 +127,8 @@ def evaluate_documents(
     The documents lie end to end in `lanes` streams, which are the rows of a batch. Each stream is read window by
     window with the state handed on, so that the result is that of each document alone in one pass (up to rounding),
     at the memory of lanes x window tokens. `adds_bos`: documents begin with a bos, which predicts their first token
-    and is no text itself; without it the first token is unscored. Raises EvaluationError.
+    and is no text itself; without it the first token is unscored. `not_round_trip` is the dataset's: where it is not
+    0, the tokens say less than the text, and nothing is measured per byte or word. Raises EvaluationError.
     """
     wanted = shard.n_documents if max_documents is None else min(max_documents, shard.n_documents)
     if wanted < 1 or shard.document_bounds(wanted - 1)[1] == 0:
@@ -134,11 +147,11 @@ def evaluate_documents(
     spans = sorted(_deal(shard, wanted, lanes), key=lambda span: span[0] - span[1])
     device = next(model.parameters()).device
     nats = torch.zeros((), dtype=torch.float64, device=device)
-    tokens = documents = 0
+    tokens = 0
     state = MambaState.zeros(model.config, len(spans), device)
     offsets = range(0, spans[0][1] - spans[0][0], window)
     with _evaluating(model, precision):
-        for offset in tqdm(offsets, desc="perplexity", unit="window", disable=not progress):
+        for offset in tqdm(offsets, desc="perplexity", unit="window", disable=None if progress else True):
             reading = [span for span in spans if span[0] + offset < span[1]]
             rows = [_lane_window(shard, span, offset, window, vocab_size) for span in reading]
             ids, labels, seq_idx, begins = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
@@ -152,7 +165,6 @@ def evaluate_documents(
     for text in decoded_documents(shard, tokenizer, wanted):
         text_bytes += len(text)
         words += len(text.decode(errors="replace").split())
-        documents += 1
     scorable = sum(stop - start for start, stop in spans)
     return PerplexityResult(
         protocol=f"whole documents, state carried ({len(spans)} lanes x {window} tokens, {precision})",
@@ -161,9 +173,10 @@ def evaluate_documents(
         nats=nats.item(),
         vocab_size=vocab_size,
         seconds=seconds,
-        documents=documents,
-        text_bytes=text_bytes,
-        words=words,
+        documents=wanted,
+        text_bytes=None if not_round_trip else text_bytes,
+        words=None if not_round_trip else words,
+        not_round_trip=not_round_trip,
     )
 
 
@@ -182,6 +195,8 @@ def evaluate_windows(
     `reset_documents`: the state starts anew at each document, as in training with the option of that name. The first
     token of a document is never scored. Raises EvaluationError where the split is shorter than a window.
     """
+    if seq_len < 1:
+        raise EvaluationError(f"windows of {seq_len} tokens: they must have at least 1")
     available = n_windows(shard, seq_len)
     count = available if max_windows is None else min(max_windows, available)
     if count < 1 or batch < 1:

@@ -77,15 +77,16 @@ def plot_run(run_dir: Path, output_dir: Path) -> list[Path]:
         figure, axes = _axes(f"{run_dir.name}: validation perplexity", "perplexity (per token)")
         _plot_evals(axes, evals, "perplexity")
         _log_scale(axes)
-        last = evals[-1]
-        axes.annotate(
-            f"{last['perplexity']:.2f}",
-            (last["tokens"], last["perplexity"]),
-            textcoords="offset points",
-            xytext=(0, 8),
-            ha="right",
-            color=VALIDATION_COLOUR,
-        )
+        last = _column(evals, "tokens")[-1], _column(evals, "perplexity")[-1]
+        if all(map(math.isfinite, last)):
+            axes.annotate(
+                f"{last[1]:.2f}",
+                last,
+                textcoords="offset points",
+                xytext=(0, 8),
+                ha="right",
+                color=VALIDATION_COLOUR,
+            )
         made.append(output_dir / "perplexity.png")
         figure.savefig(made[1], dpi=150)
     return made

@@ -126,6 +126,19 @@ def test_a_first_token_that_nothing_predicts_costs_a_uniform_guess(tmp_path: Pat
     assert found.bits_per_byte == pytest.approx((found.nats / math.log(2) + 7 * math.log2(257)) / 131)
 
 
+def test_a_tokenizer_that_loses_text_gives_no_figure_per_byte_or_word(tmp_path: Path, model: MambaLM) -> None:
+    """Few tokens for much text would look like a better model."""
+    shard = make_shard(tmp_path, TEXTS)
+    whole = evaluate_documents(model, shard, adds_bos=True, tokenizer=TOKENIZER)
+    lossy = evaluate_documents(model, shard, adds_bos=True, tokenizer=TOKENIZER, not_round_trip=3)
+    assert (lossy.nats, lossy.documents) == (whole.nats, whole.documents)
+    assert (lossy.text_bytes, lossy.words, lossy.bits_per_byte, lossy.word_perplexity) == (None, None, None, None)
+    assert lossy.markdown_row("x", "y").endswith("| - | - |")
+    assert json.loads(lossy.to_json())["not_round_trip"] == 3
+    assert whole.missing is None
+    assert "3 documents of the dataset do not decode to their own bytes" in (lossy.missing or "")
+
+
 def test_a_uniform_model_pays_for_every_token_alike(tmp_path: Path) -> None:
     """No choice of bos makes the figure smaller than what the tokens cost."""
     uniform = MambaLM(ModelConfig(d_model=8, n_layer=1, vocab_size=VOCAB), seed=0)
@@ -210,6 +223,15 @@ def test_nothing_to_evaluate(tmp_path: Path, model: MambaLM) -> None:
         evaluate_documents(model, shard, adds_bos=True, tokenizer=TOKENIZER)
     with pytest.raises(EvaluationError, match="0 windows of 8 tokens"):
         evaluate_windows(model, shard, seq_len=8, reset_documents=True, batch=1)
+    with pytest.raises(EvaluationError, match="windows of 0 tokens"):
+        evaluate_windows(model, shard, seq_len=0, reset_documents=True, batch=1)
+
+
+def test_progress_is_shown_on_terminals_only(
+    tmp_path: Path, model: MambaLM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate_documents(model, make_shard(tmp_path, TEXTS), adds_bos=True, tokenizer=TOKENIZER, progress=True)
+    assert capsys.readouterr().err == ""
 
 
 def test_what_does_not_fit_together_is_refused(tmp_path: Path, model: MambaLM) -> None:

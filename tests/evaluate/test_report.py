@@ -70,6 +70,17 @@ def test_a_run_without_evaluation_has_one_picture(tmp_path: Path) -> None:
     assert [p.name for p in plot_run(run, tmp_path)] == ["loss.png"]
 
 
+@pytest.mark.parametrize("finite_before", [True, False])
+def test_figures_that_were_not_finite_are_gaps_in_the_picture(tmp_path: Path, finite_before: bool) -> None:
+    """The trainer writes them as null."""
+    pytest.importorskip("matplotlib")
+    gap = {"loss": None, "perplexity": None}
+    run = write(tmp_path / "run", [train_line(1), train_line(2) | {"loss": None}, eval_line(2) | gap])
+    if finite_before:
+        run = write(tmp_path / "longer", [train_line(1), train_line(2), eval_line(1), eval_line(2) | gap])
+    assert [p.name for p in plot_run(run, tmp_path)] == ["loss.png", "perplexity.png"]
+
+
 def test_missing_metrics_are_named(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match=r"metrics\.jsonl does not exist"):
         plot_run(tmp_path, tmp_path)
