@@ -24,10 +24,14 @@ def resolve_device(name: str) -> torch.device:
 
 def check_precision(precision: str, device: torch.device) -> None:
     """Refuses a precision in which the device has no matrix products (they would be emulated, many times slower)."""
-    if precision == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    if precision == "fp16" and not fp16_is_native(device):
         raise ConfigError(["train.precision is fp16, which this CPU does not multiply in: use bf16 or fp32"])
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError(["train.precision is bf16, which this GPU does not multiply in: use fp16 or fp32"])
+
+
+def fp16_is_native(device: torch.device) -> bool:
+    return device.type == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def bf16_is_native(device: torch.device) -> bool:
