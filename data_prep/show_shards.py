@@ -10,7 +10,7 @@ from pathlib import Path
 from data_prep.build_shards import summary
 from data_prep.command import new_parser, run
 from mamba_pretrain.data.shards import Manifest, Shard, ShardError, open_split
-from mamba_pretrain.data.tokenizer import load_tokenizer
+from mamba_pretrain.data.tokenizer import dataset_tokenizer
 
 DESCRIPTION = """\
 Show a dataset: by default a table of its splits and where it came from. Examples:
@@ -64,7 +64,7 @@ def body(arguments: Namespace) -> int:
         return 0
     if not 0 <= arguments.document < shard.n_documents:
         raise ShardError(f"no document {arguments.document} in {shard.path}: it has {shard.n_documents}, from 0 on")
-    tokenizer = load_tokenizer(arguments.dataset)
+    tokenizer = dataset_tokenizer(arguments.dataset, manifest)
     for document in range(arguments.document, min(arguments.document + arguments.count, shard.n_documents)):
         start, stop = shard.document_bounds(document)
         print(f"--- {arguments.split} document {document}, tokens {start:,} to {stop:,} ({stop - start:,})")

@@ -53,11 +53,12 @@ def batches(
     """Micro-batches without end: ascending samples c >= first_sample with c % world == rank, B = micro_batch_size each.
 
     Yields input_ids (B, L) int64, labels (B, L) int64, seq_idx (B, L) int32, samples (B,) int64: the counters
-    themselves. `workers` processes read ahead, 0 reads in this one; the batches are the same.
+    themselves. `workers` processes read ahead, 0 reads in this one; the batches are the same. Raises ShardError for
+    damaged data, LoaderError for a process that ended.
     """
-    return iter(
+    running = iter(
         DataLoader(
-            dataset,
+            _Outcomes(dataset),
             batch_sampler=_Counters(first_sample + (rank - first_sample) % world, world, micro_batch_size),
             num_workers=workers,
             collate_fn=_collate,
@@ -65,6 +66,31 @@ def batches(
             pin_memory=torch.cuda.is_available(),
         )
     )
+    while True:
+        try:
+            batch = next(running)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            raise LoaderError(
+                f"a loader process ended ({error}), out of memory? Lower data.workers, and go on with --resume auto"
+            ) from error
+        if isinstance(batch, ShardError):
+            raise batch
+        yield batch
+
+
+class _Outcomes(Dataset[Sample | ShardError]):
+    """A dataset's samples, or the error in place of one: torch would wrap what a worker raises in its traceback."""
+
+    def __init__(self, dataset: WindowDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, sample: int) -> Sample | ShardError:
+        try:
+            return self.dataset[sample]
+        except ShardError as error:
+            return error
 
 
 class _Counters:
@@ -80,7 +106,12 @@ class _Counters:
             first += self.size * self.stride
 
 
-def _collate(samples: list[Sample]) -> Batch:
+def _collate(outcomes: list[Sample | ShardError]) -> Batch | ShardError:
+    samples: list[Sample] = []
+    for outcome in outcomes:
+        if isinstance(outcome, ShardError):
+            return outcome
+        samples.append(outcome)
     return {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in samples[0]}
 
 

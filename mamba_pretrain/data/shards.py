@@ -133,13 +133,21 @@ class Shard:
 
     def _document_start(self, document: int) -> int:
         sequence = self._document_index[document]
-        return int(self._pointers[sequence]) // self.dtype.itemsize if sequence < self.n_sequences else self.n_tokens
+        if 0 <= sequence < self.n_sequences:
+            return int(self._pointers[sequence]) // self.dtype.itemsize
+        return self.n_tokens if sequence == self.n_sequences else -1  # -1: damaged
 
     def document_bounds(self, document: int) -> tuple[int, int]:
-        """First token of document j, and one past its last."""
+        """First token of document j, and one past its last. Raises ShardError where the index cannot be right."""
         if not 0 <= document < self.n_documents:
             raise IndexError(f"document {document} of {self.path}, which has {self.n_documents}")
-        return self._document_start(document), self._document_start(document + 1)
+        start, stop = self._document_start(document), self._document_start(document + 1)
+        if not 0 <= start <= stop <= self.n_tokens:
+            raise ShardError(
+                f"{self._idx}: document {document} runs from token {start:,} to {stop:,} of {self.n_tokens:,}: the "
+                "index is damaged, see python -m data_prep.verify_shards"
+            )
+        return start, stop
 
     def document_at(self, position: int) -> int:
         """The document that holds token `position`, in O(log documents)."""
@@ -248,9 +256,10 @@ class Manifest:
     version: int = 1
 
     def fingerprint(self, split: str) -> str:
-        """16 hex digits that identify the data a run trains on: this split's tokens, and what they mean."""
-        tokens = self.splits[split].files[f"{split}.bin"].sha256
-        return hashlib.sha256(f"{tokens} {self.tokenizer.sha256}".encode()).hexdigest()[:16]
+        """16 hex digits that identify what a run trains on: this split's tokens and documents, and their meaning."""
+        files = self.splits[split].files
+        parts = files[f"{split}.bin"].sha256, files[f"{split}.idx"].sha256, self.tokenizer.sha256
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     def write(self, directory: Path) -> None:
         (directory / MANIFEST).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")

@@ -16,6 +16,8 @@ from typing import Any, Final, Protocol
 import sentencepiece
 import tokenizers
 
+from mamba_pretrain.data.shards import Manifest
+
 SPACE_MARK: Final = "\u2581"  # SentencePiece writes a space as this character
 REPLACEMENT: Final = "\ufffd".encode()  # what the tokenizers library shows for a part of a character
 KNOWN_EOD: Final = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]")
@@ -93,7 +95,10 @@ class BytesTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece .model. Lossless if it has byte pieces, no normalisation, no dummy prefix (train_tokenizer's)."""
+    """A SentencePiece .model. Lossless if it has byte pieces, no normalisation, no dummy prefix (train_tokenizer's).
+
+    The end of a document is its eos piece, and nothing else: the file has no room for another choice.
+    """
 
     kind, file = "sentencepiece", "tokenizer.model"
 
@@ -107,13 +112,14 @@ class SentencePieceTokenizer(Tokenizer):
         if self.vocab_size == 0:
             raise TokenizerError(f"{path} is a SentencePiece model without pieces: an empty or truncated file")
         pieces = [model.id_to_piece(i) for i in range(self.vocab_size)]
-        if eod is not None:
-            self.eod_id = _id_of(eod, {piece: i for i, piece in enumerate(pieces)}, path)
-        elif (eos := int(model.eos_id())) >= 0:
-            self.eod_id = eos
-        else:
-            specials = [piece for i, piece in enumerate(pieces) if model.is_control(i)]
-            raise TokenizerError(f"{path} has no eos piece; pass eod=, one of its control pieces {specials}")
+        self.eod_id = int(model.eos_id())
+        if self.eod_id < 0:
+            raise TokenizerError(
+                f"{path} has no eos piece, and documents need an end: train one with an eos, or convert it to a "
+                "tokenizer.json, for which --eod of build_shards names a special token"
+            )
+        if eod not in (None, pieces[self.eod_id]):
+            raise TokenizerError(f"{path} ends documents with {pieces[self.eod_id]!r}, not {eod!r}: leave out --eod")
         self.bos_id = int(model.bos_id()) if model.bos_id() >= 0 else self.eod_id
         self._bytes = [self._bytes_of(i, piece) for i, piece in enumerate(pieces)]
         self._dummy_prefix = model.normalize("a") != "a"
@@ -164,13 +170,16 @@ class HuggingFaceTokenizer(Tokenizer):
         added = dict(model.get_added_tokens_decoder())
         specials = {token.content: i for i, token in added.items() if token.special}
         config = _config_beside(path)
+        if eod is not None and eod not in specials:
+            raise TokenizerError(f"{path} has no special token {eod!r}; it has {sorted(specials)}")
         eod = eod or config.get("eos_token")
         if eod is None:
             candidates = [name for name in KNOWN_EOD if name in specials]
             if len(candidates) != 1:
                 raise TokenizerError(
                     f"{path}: which special token ends a document is unclear, candidates are "
-                    f"{candidates or sorted(specials)}; pass the right one as eod="
+                    f"{candidates or sorted(specials)}; pass the right one to build_shards as --eod, or name it as "
+                    "eos_token in a tokenizer_config.json beside the file"
                 )
             eod = candidates[0]
         self.eod_id = _id_of(eod, vocab, path)
@@ -181,10 +190,14 @@ class HuggingFaceTokenizer(Tokenizer):
         if '"ByteLevel"' in json.dumps(settings.get("decoder")):
             self._bytes = [b""] * self.vocab_size
             for piece, i in vocab.items():
-                if i not in added:
-                    self._bytes[i] = bytes(_BYTE_OF[c] for c in piece)
-                elif not added[i].special:
-                    self._bytes[i] = piece.encode()
+                if i in added:
+                    self._bytes[i] = b"" if added[i].special else piece.encode()
+                elif BYTE_OF.keys() >= set(piece):
+                    self._bytes[i] = bytes(BYTE_OF[c] for c in piece)
+                else:
+                    raise TokenizerError(
+                        f"{path} is damaged: its decoder is byte-level, and piece {i}, {piece!r}, is not"
+                    )
 
     def encode(self, text: str) -> list[int]:
         return list(self._model.encode(text, add_special_tokens=False).ids)
@@ -208,7 +221,7 @@ def load_tokenizer(spec: str | Path, *, eod: str | None = None) -> Tokenizer:
     `eod` names the token that ends a document, where the file leaves it open. Raises TokenizerError.
     """
     if spec == "bytes":
-        return BytesTokenizer()
+        return _bytes_tokenizer(eod)
     path = Path(spec)
     if path.is_dir():
         # An export may hold two: then the tokenizer.json was made from the other, for programs that read nothing else.
@@ -226,8 +239,28 @@ def load_tokenizer(spec: str | Path, *, eod: str | None = None) -> Tokenizer:
     if path.suffix == ".json":
         return HuggingFaceTokenizer(path, eod=eod)
     if path.name == BytesTokenizer.file and path.read_bytes() == BYTES_FILE:
-        return BytesTokenizer()
+        return _bytes_tokenizer(eod)
     raise TokenizerError(f"{path} is no tokenizer this program knows: expected a .model (SentencePiece) or .json file")
+
+
+def dataset_tokenizer(directory: str | Path, manifest: Manifest) -> Tokenizer:
+    """The tokenizer in a dataset's directory. Raises TokenizerError unless it is what the dataset was made with."""
+    expected = manifest.tokenizer
+    path = Path(directory) / expected.file
+    tokenizer = load_tokenizer(path)
+    for name in ("kind", "sha256", "vocab_size", "bos_id", "eod_id"):
+        if getattr(tokenizer, name) != getattr(expected, name):
+            raise TokenizerError(
+                f"{path}: its {name} is {getattr(tokenizer, name)}, the dataset was made with "
+                f"{getattr(expected, name)}: it, or a tokenizer_config.json beside it, changed; copy the dataset again"
+            )
+    return tokenizer
+
+
+def _bytes_tokenizer(eod: str | None) -> Tokenizer:
+    if eod is not None:
+        raise TokenizerError(f"the byte tokenizer ends documents with its own token 256, not {eod!r}: leave out --eod")
+    return BytesTokenizer()
 
 
 def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
@@ -262,4 +295,4 @@ def _byte_characters() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTE_OF: Final = _byte_characters()
+BYTE_OF: Final = _byte_characters()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mamba_pretrain.data.loader import Batch, WindowDataset, batches
+from mamba_pretrain.data.loader import Batch, LoaderError, WindowDataset, batches
 from mamba_pretrain.data.order import window_at
 from mamba_pretrain.data.shards import ShardError, open_split
 from tests.helpers.corpora import make_dataset
@@ -92,8 +93,17 @@ def test_too_little_data_for_one_window_is_an_error(dataset: WindowDataset) -> N
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_token_is_named_even_by_a_worker(dataset: WindowDataset, workers: int) -> None:
     small = WindowDataset(dataset.shard, SEQ_LEN, seed=0, vocab_size=200)
-    with pytest.raises(ShardError, match=r"train\.bin has token id 256 at position"):
+    with pytest.raises(ShardError, match=r"^\S*train\.bin has token id 256 at position [^\n]*$"):
         take(small, 1, workers=workers)
+
+
+def test_a_loader_process_that_ends_is_one_message(dataset: WindowDataset) -> None:
+    running = batches(dataset, micro_batch_size=1, first_sample=0, rank=0, world=1, workers=1)
+    next(running)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(LoaderError, match=r"a loader process ended .*Lower data.workers, and go on with --resume auto"):
+        list(running)
 
 
 SCRIPT = """

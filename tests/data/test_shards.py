@@ -86,6 +86,27 @@ def test_written_documents_are_read_back(tmp_path: Path) -> None:
     assert [shard.document_at(t) for t in range(shard.n_tokens)] == owners.tolist()
 
 
+@pytest.mark.parametrize("entry", [-7, -1, 9])
+def test_a_document_index_beyond_the_sequences_is_damage(tmp_path: Path, entry: int) -> None:
+    shard = Shard(write_megatron(tmp_path / "train", [[1, 2], [3]], [0, entry, 2], 8, "H"))
+    for document in (0, 1):
+        with pytest.raises(
+            ShardError, match=rf"train\.idx: document {document} runs .* the index is damaged, see python"
+        ):
+            shard.document_bounds(document)
+
+
+def test_negative_lengths_that_add_up_are_a_problem(tmp_path: Path) -> None:
+    prefix = write_megatron(tmp_path / "train", [[1, 2], [], [3]], [0, 1, 2, 3], 8, "H")
+    index = bytearray((tmp_path / "train.idx").read_bytes())
+    struct.pack_into("<3i3q", index, HEADER.size, 2, -1, 2, 0, 4, 2)
+    (tmp_path / "train.idx").write_bytes(index)
+    shard = Shard(prefix)
+    assert [problem for problem in shard.problems() if "length -1" in problem]
+    with pytest.raises(ShardError, match="document 1 runs from token 2 to 1 of 3"):
+        shard.document_bounds(1)
+
+
 def test_a_split_without_documents_opens(tmp_path: Path) -> None:
     shard = Shard(write_shard(tmp_path / "test", []))
     assert (shard.n_tokens, shard.n_documents, shard.tokens(0, 0).tolist()) == (0, 0, [])
@@ -242,14 +263,20 @@ def test_manifest_survives_json(tmp_path: Path) -> None:
     assert Manifest.read(tmp_path / "copy") == manifest
 
 
-def test_fingerprint_follows_tokens_and_tokenizer_only(tmp_path: Path) -> None:
+def test_fingerprint_follows_tokens_documents_and_tokenizer_only(tmp_path: Path) -> None:
     one, same, other = (
         Manifest.read(make_dataset(tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
     assert one.fingerprint("train") == same.fingerprint("train")
     retold = dataclasses.replace(one, tokenizer=dataclasses.replace(one.tokenizer, sha256="0" * 64))
-    prints = {m.fingerprint(split) for m in (one, other, retold) for split in ("train", "validation")}
-    assert len(prints) == 6
+    cut = json.loads(json.dumps(dataclasses.asdict(one)))  # the same tokens, in other documents
+    for split in ("train", "validation"):
+        cut["splits"][split]["files"][f"{split}.idx"]["sha256"] = "0" * 64
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/manifest.json").write_text(json.dumps(cut))
+    recut = Manifest.read(tmp_path / "cut")
+    prints = {m.fingerprint(split) for m in (one, other, retold, recut) for split in ("train", "validation")}
+    assert len(prints) == 8
 
 
 def test_verify_finds_nothing_in_a_sound_dataset_and_reports_progress(tmp_path: Path) -> None:
@@ -301,20 +328,20 @@ def test_a_document_index_that_runs_backwards_is_a_problem(tmp_path: Path) -> No
 def test_a_failed_build_leaves_nothing_and_the_old_output_stays(tmp_path: Path) -> None:
     output = tmp_path / "data"
     with atomic_directory(output, error=ShardError) as scratch:
-        (scratch / "a").write_text("old")
+        (scratch / "config.json").write_text("old")
     with (
         pytest.raises(ShardError, match="exists; choose another output"),
         atomic_directory(output, error=ShardError),
     ):
         pass
     with pytest.raises(RuntimeError), atomic_directory(output, error=ShardError, overwrite=True) as scratch:
-        (scratch / "a").write_text("new")
+        (scratch / "config.json").write_text("new")
         raise RuntimeError
-    assert (output / "a").read_text() == "old"
+    assert (output / "config.json").read_text() == "old"
     with atomic_directory(output, error=ShardError, overwrite=True) as scratch:
-        (scratch / "b").write_text("new")
-        assert (output / "a").read_text() == "old"
-    assert [p.name for p in output.iterdir()] == ["b"]
+        (scratch / "manifest.json").write_text("new")
+        assert (output / "config.json").read_text() == "old"
+    assert [p.name for p in output.iterdir()] == ["manifest.json"]
     assert list(tmp_path.iterdir()) == [output]
 
 

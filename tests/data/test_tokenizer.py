@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data_prep.train_tokenizer import train
-from mamba_pretrain.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
-from tests.helpers.corpora import make_documents
+from mamba_pretrain.data.shards import Manifest
+from mamba_pretrain.data.tokenizer import Tokenizer, TokenizerError, dataset_tokenizer, load_tokenizer
+from tests.helpers.corpora import make_dataset, make_documents
 
 AWKWARD = [
     "",
@@ -123,15 +124,56 @@ def test_sentencepiece_ids_are_fixed(files: dict[str, Path]) -> None:
 
 def test_an_unclear_end_of_document_lists_candidates_and_takes_an_answer(tmp_path: Path) -> None:
     byte_level(["</s>", "<|endoftext|>"]).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(TokenizerError, match=r"candidates are \['<\|endoftext\|>', '</s>'\]; pass the right"):
+    with pytest.raises(
+        TokenizerError, match=r"candidates are \['<\|endoftext\|>', '</s>'\]; pass the right one to build_shards"
+    ):
         load_tokenizer(tmp_path)
     chosen = load_tokenizer(tmp_path, eod="</s>")
     assert chosen.eod_id == 0
     (tmp_path / "saved").mkdir()
     chosen.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").eod_id == 0
-    with pytest.raises(TokenizerError, match="has no token '<nope>'"):
-        load_tokenizer(tmp_path, eod="<nope>")
+    for wrong in ("<nope>", "the"):
+        with pytest.raises(TokenizerError, match=f"has no special token '{wrong}'; it has"):
+            load_tokenizer(tmp_path, eod=wrong)
+
+
+def test_the_end_of_a_document_is_the_files_own_where_it_has_one(files: dict[str, Path], tmp_path: Path) -> None:
+    assert load_tokenizer(files["bpe"], eod="</s>").eod_id == 2
+    for wrong in ("<s>", "e"):
+        with pytest.raises(TokenizerError, match=f"ends documents with '</s>', not '{wrong}': leave out --eod"):
+            load_tokenizer(files["bpe"], eod=wrong)
+    with pytest.raises(TokenizerError, match="byte tokenizer ends documents with its own token 256, not '</s>'"):
+        load_tokenizer("bytes", eod="</s>")
+    content = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(make_documents(50)), model_writer=content, vocab_size=40, eos_id=-1, minloglevel=2
+    )
+    (tmp_path / "endless.model").write_bytes(content.getvalue())
+    for eod in (None, "<s>"):
+        with pytest.raises(TokenizerError, match="has no eos piece, and documents need an end"):
+            load_tokenizer(tmp_path / "endless.model", eod=eod)
+
+
+def test_a_datasets_tokenizer_is_the_one_it_was_made_with(tmp_path: Path) -> None:
+    byte_level(["</s>", "<|endoftext|>"]).save(str(tmp_path / "tokenizer.json"))
+    data = tmp_path / "data"
+    with pytest.raises(TokenizerError, match="as --eod"):
+        make_dataset(data, tokenizer=tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    manifest = Manifest.read(make_dataset(data, tokenizer=tmp_path))
+    assert dataset_tokenizer(data, manifest).eod_id == 0
+    (data / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>", "bos_token": "</s>"}')
+    with pytest.raises(TokenizerError, match="its eod_id is 1, the dataset was made with 0: it, or a tokenizer_config"):
+        dataset_tokenizer(data, manifest)
+
+
+def test_a_piece_outside_the_byte_alphabet_is_damage(files: dict[str, Path], tmp_path: Path) -> None:
+    settings = json.loads(files["neox"].read_text())
+    settings["model"]["vocab"]["\u4e2d"] = 500
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(TokenizerError, match="is damaged: its decoder is byte-level, and piece 500, '\u4e2d', is not"):
+        load_tokenizer(tmp_path)
 
 
 def test_token_names_beside_the_file_are_believed(tmp_path: Path) -> None:
