@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import codecs
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mamba_pretrain.checkpoint import CheckpointError
-from mamba_pretrain.config import PRECISIONS, Config, ConfigError, load
+from mamba_pretrain.config import PRECISIONS, Config, ConfigError, DataConfig, load
 from mamba_pretrain.data.loader import LoaderError
-from mamba_pretrain.data.shards import ShardError, open_split
+from mamba_pretrain.data.packing import n_windows
+from mamba_pretrain.data.shards import ShardError, open_split, verify_up_to
 from mamba_pretrain.data.tokenizer import TokenizerError, load_tokenizer
 from mamba_pretrain.distributed.env import EXIT_PREEMPTED, autocast, resolve_device
 from mamba_pretrain.evaluate.perplexity import EvaluationError, PerplexityResult, evaluate_documents, evaluate_windows
@@ -22,7 +22,7 @@ from mamba_pretrain.export.convert import export_checkpoint, import_pretrained
 from mamba_pretrain.export.formats import FormatError
 from mamba_pretrain.export.pretrained import build_model, read_pretrained
 from mamba_pretrain.model.describe import describe
-from mamba_pretrain.model.generate import generate
+from mamba_pretrain.model.generate import GenerationError, generate
 from mamba_pretrain.model.law import LawError
 from mamba_pretrain.train import NonFiniteError, run
 
@@ -36,9 +36,12 @@ USER_ERRORS = (
     LawError,
     LoaderError,
     EvaluationError,
+    GenerationError,
     ReportError,
     ImportError,  # of an optional package; the message names the extra that holds it
 )
+
+log = logging.getLogger("mamba_pretrain")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,26 +85,37 @@ def _eval_perplexity(arguments: argparse.Namespace) -> None:
     model = build_model(source).to(device)
     wanted = None if source.tokenizer_file is None else load_tokenizer(source.tokenizer_file).sha256
     shard, manifest = open_split(arguments.data, arguments.split, tokenizer_sha256=wanted)
+    trained_on = source.run.data if source.run else DataConfig()
+    verify_up_to(arguments.data, [arguments.split], trained_on.verify_gib)
+    protocols = ["documents", "windows"] if arguments.protocol == "both" else [arguments.protocol]
+    seq_len = trained_on.seq_len if arguments.window is None else arguments.window
+    if "windows" in protocols and n_windows(shard, seq_len) == 0:
+        reason = f"{shard.path} has {shard.n_tokens:,} tokens: no window of {seq_len:,} and one more to predict"
+        if arguments.protocol == "windows":
+            raise EvaluationError(f"{reason}. Choose a smaller --window, or --protocol documents")
+        log.warning("%s; fixed windows are left out", reason)
+        protocols.remove("windows")
     results = []
-    if arguments.protocol in ("documents", "both"):
+    if "documents" in protocols:
         results.append(
             evaluate_documents(
                 model,
                 shard,
                 adds_bos=manifest.adds_bos,
                 tokenizer=load_tokenizer(arguments.data),
+                not_round_trip=manifest.not_round_trip,
                 max_documents=arguments.max_documents,
                 precision=arguments.precision,
                 progress=True,
             )
         )
-    if arguments.protocol in ("windows", "both"):
+    if "windows" in protocols:
         results.append(
             evaluate_windows(
                 model,
                 shard,
-                seq_len=arguments.window or (source.run.data.seq_len if source.run else 2048),
-                reset_documents=True,
+                seq_len=seq_len,
+                reset_documents=trained_on.reset_documents,
                 batch=arguments.batch,
                 max_windows=None,
                 precision=arguments.precision,
@@ -111,6 +125,8 @@ def _eval_perplexity(arguments: argparse.Namespace) -> None:
     print(PerplexityResult.markdown_header())
     for result in results:
         print(result.markdown_row(**names))
+    for reason in filter(None, [result.missing for result in results]):
+        log.warning("%s", reason)
     if arguments.json is not None:
         arguments.json.write_text("[" + ",\n".join(result.to_json(**names) for result in results) + "]\n")
 
@@ -140,29 +156,38 @@ def _generate(arguments: argparse.Namespace) -> None:
     model = build_model(source).to(device).eval()
     tokenizer = load_tokenizer(arguments.tokenizer or source.tokenizer_file or arguments.model)
     try:
-        tokens = generate(
-            model,
-            [tokenizer.bos_id, *tokenizer.encode(arguments.prompt)],
-            max_tokens=arguments.max_tokens,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
-            stop_ids=(tokenizer.eod_id,),
-        )
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may hold a part of a character
+        arguments.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise GenerationError("--prompt is not UTF-8: give its bytes in that encoding") from error
+    prompt_ids = [tokenizer.bos_id, *tokenizer.encode(arguments.prompt)]
+    tokens = generate(
+        model,
+        prompt_ids,
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        stop_ids=(tokenizer.eod_id,),
+        vocab_size=min(tokenizer.vocab_size, source.config.need("vocab_size")),
+    )
     sys.stdout.write(arguments.prompt)
     with autocast(arguments.precision, device):
-        for token in tokens:
-            sys.stdout.write(decoder.decode(tokenizer.decode_bytes([token])))
+        for text in tokenizer.stream(tokens, context=prompt_ids):
+            sys.stdout.write(text)
             sys.stdout.flush()
-    sys.stdout.write(decoder.decode(b"", final=True) + "\n")
+    sys.stdout.write("\n")
 
 
 def _config(arguments: argparse.Namespace) -> Config:
     return load(arguments.config, arguments.overrides)
+
+
+def _count(text: str) -> int:
+    """An argument of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -229,13 +254,15 @@ def _parser() -> argparse.ArgumentParser:
         "--protocol",
         default="both",
         choices=("documents", "windows", "both"),
-        help="whole documents with the state carried on, or fixed windows from an empty state as other systems do",
+        help="whole documents with the state carried on, or fixed windows from an empty state as in training",
     )
-    perplexity.add_argument("--max-documents", type=int, help="of the documents protocol: only the first so many")
+    perplexity.add_argument("--max-documents", type=_count, help="of the documents protocol: only the first so many")
     perplexity.add_argument(
-        "--window", type=int, help="tokens of a fixed window (default: the length the model was trained at, else 2048)"
+        "--window",
+        type=_count,
+        help="tokens of a fixed window (default: the length the model was trained at, else 2048)",
     )
-    perplexity.add_argument("--batch", type=int, default=8, help="fixed windows in one forward pass")
+    perplexity.add_argument("--batch", type=_count, default=8, help="fixed windows in one forward pass")
     perplexity.add_argument("--json", type=Path, help="also write every figure here")
 
     plot = command(
