@@ -58,8 +58,8 @@ def export_checkpoint(
         problems.append(f"dtype is {dtype!r}: the native form is fp32, from which training can go on")
     if not max_shard_gib > 0:
         problems.append(f"max_shard_gib is {max_shard_gib}: it must be above 0")
-    if Path(source).resolve() == Path(target).resolve():
-        problems.append("source and target are the same directory: a converted checkpoint could not be resumed")
+    if Path(source).resolve().is_relative_to(Path(target).resolve()):
+        problems.append("source is the target or lies in it, and would be replaced: choose another target")
     if problems:
         raise FormatError(f"cannot export {source}", problems)
     pretrained = read_pretrained(source)
@@ -122,6 +122,7 @@ def _write_hf(
     model, tokenizer = pretrained.config, pretrained.tokenizer or {}
     eod = tokenizer.get("eod_id")
     ids = {"bos_token_id": tokenizer.get("bos_id"), "eos_token_id": eod, "pad_token_id": eod}
+    ids = {name: i for name, i in ids.items() if i is not None}
     config = (
         config
         | ids

@@ -30,7 +30,8 @@ class Pretrained:
     """A model read from disk. `weights`: fp32 on the CPU by our parameter names, no lm_head.weight where it is tied.
 
     `tokenizer` describes `tokenizer_file` as a checkpoint's manifest does (kind, file, sha256, vocab_size, bos_id,
-    eod_id; ids are None where a foreign directory does not tell). `run` and `facts` are a native directory's
+    eod_id; ids are None where a foreign directory does not tell; without a file, where only the ids of bos and eod are
+    known, kind is None). `run` and `facts` are a native directory's
     configuration and manifest.
     """
 
@@ -116,9 +117,9 @@ def _read_foreign(directory: Path, form: str) -> Pretrained:
             raise FormatError(directory, [reason])
     _check_shapes(directory, weights, config)
     file, tokenizer = tokenizer_files.find(directory, extra.get("tokenizer") if isinstance(extra, dict) else None)
-    if tokenizer is not None and tokenizer["eod_id"] is None and isinstance(found.get("eos_token_id"), int):
+    if (tokenizer is None or tokenizer.get("eod_id") is None) and isinstance(found.get("eos_token_id"), int):
         bos, eod = found.get("bos_token_id"), found["eos_token_id"]
-        tokenizer = tokenizer | {"bos_id": eod if bos is None else bos, "eod_id": eod}
+        tokenizer = (tokenizer or {"kind": None}) | {"bos_id": eod if bos is None else bos, "eod_id": eod}
     return Pretrained(config, weights, form, file, tokenizer)
 
 
@@ -195,11 +196,12 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        # torch's words about a pickle end in the advice to load it in the way that runs whatever it holds.
+        detail = "" if isinstance(error, pickle.UnpicklingError) else f" ({str(error).strip().splitlines()[0]})"
         raise FormatError(
             path,
             [
-                f"refused: it is damaged, of torch's format before 1.6, or holds more than tensors ({reason}). "
+                f"refused: it is damaged, of torch's format before 1.6, or holds more than tensors{detail}. "
                 f"Nothing in it was run. Get the weights as {SAFETENSORS}"
             ],
         ) from error

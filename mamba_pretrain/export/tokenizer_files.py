@@ -50,13 +50,14 @@ def find(directory: Path, facts: dict[str, Any] | None) -> tuple[Path | None, di
     """The tokenizer's file and facts in a model's directory; None where there is none.
 
     `facts`, as in a checkpoint's manifest, hold as long as the file is the one they describe; otherwise, and without
-    them, what is there is described anew. The byte tokenizer may have facts and no file.
+    them, what is there is described anew. Facts without a file: those of the byte tokenizer, and the ids that begin and
+    end a document where nothing else is known (kind None).
     """
     if facts and facts.get("kind") == "bytes" and not (directory / str(facts.get("file"))).is_file():
         return None, facts
     path = next((directory / name for name in KINDS if (directory / name).is_file()), None)
     if path is None:
-        return None, None
+        return None, facts if facts and facts.get("kind", "unknown") is None else None
     if facts and facts.get("sha256") == sha256(path):
         return path, facts
     return path, _describe(path)
@@ -78,7 +79,7 @@ def write_for_transformers(source: Path | None, facts: dict[str, Any] | None, ta
     Warns, and leaves the conversion out, where it is not proven to give identical ids.
     """
     copy(source, target)
-    if facts is None:
+    if facts is None or facts["kind"] is None:
         return
     kind, made = facts["kind"], None
     if kind == "bytes":

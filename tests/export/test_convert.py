@@ -215,7 +215,23 @@ def test_a_model_without_tokenizer_is_exported_without(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         export_checkpoint(source, tmp_path / "hf", to="hf")
     assert contents(tmp_path / "hf").keys() == {"config.json", "generation_config.json", "model.safetensors"}
-    assert json.loads((tmp_path / "hf" / "config.json").read_bytes())["eos_token_id"] is None
+    for name in ("config.json", "generation_config.json"):
+        assert not any("token_id" in key for key in json.loads((tmp_path / "hf" / name).read_bytes()))
+
+
+def test_the_end_is_known_without_a_tokenizer_too(source: Path, tmp_path: Path) -> None:
+    """A directory may hold the ids and no tokenizer; through our form they reach transformers again."""
+    export_checkpoint(source, tmp_path / "hf", to="hf")
+    for path in (tmp_path / "hf").glob("*token*"):
+        path.unlink()
+    import_pretrained(tmp_path / "hf", tmp_path / "native", from_format="hf")
+    export_checkpoint(tmp_path / "native", tmp_path / "ssm", to="mamba_ssm")
+    export_checkpoint(tmp_path / "ssm", tmp_path / "again", to="hf")
+    assert contents(tmp_path / "again").keys() == {"config.json", "generation_config.json", "model.safetensors"}
+    for name in ("config.json", "generation_config.json"):
+        config = json.loads((tmp_path / "again" / name).read_bytes())
+        assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, 2, 2]
+    assert load_in_transformers(tmp_path / "again").generation_config.eos_token_id == 2
 
 
 @pytest.mark.parametrize("to", ["hf", "mamba_ssm", "native"])
@@ -229,14 +245,33 @@ def test_a_damaged_source_is_refused_and_nothing_written(source: Path, tmp_path:
 
 
 def test_an_existing_target_is_replaced_only_when_asked(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").touch()
+    export_checkpoint(source, tmp_path / "out", to="mamba_ssm")
+    earlier = contents(tmp_path / "out")
     with pytest.raises(CheckpointError, match="exists; choose another"):
         export_checkpoint(source, tmp_path / "out", to="hf")
-    assert contents(tmp_path / "out").keys() == {"precious"}
+    assert contents(tmp_path / "out") == earlier
     export_checkpoint(source, tmp_path / "out", to="hf", overwrite=True)
-    assert "precious" not in contents(tmp_path / "out")
-    assert "config.json" in contents(tmp_path / "out")
+    assert contents(tmp_path / "out").keys() >= {"config.json", "generation_config.json"}
+    assert "pytorch_model.bin" not in contents(tmp_path / "out")
+
+
+def test_a_directory_with_other_content_is_never_replaced(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    with pytest.raises(CheckpointError, match="not an earlier output"):
+        export_checkpoint(source, tmp_path / "out", to="hf", overwrite=True)
+    assert contents(tmp_path / "out").keys() == {"precious"}
+
+
+@pytest.mark.parametrize("to", ["hf", "native"])
+def test_a_directory_that_holds_the_source_is_never_replaced(tmp_path: Path, to: str) -> None:
+    run = tmp_path / "run"
+    source = write_checkpoint(run / "checkpoints" / "step_00000007", small_model())
+    before = contents(source)
+    for target in (source, source.parent, run):
+        with pytest.raises(FormatError, match="source is the target or lies in it"):
+            export_checkpoint(source, target, to=to, overwrite=True)
+    assert contents(source) == before
 
 
 def test_impossible_options_are_all_named(source: Path, tmp_path: Path) -> None:
