@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 import mamba_pretrain
 from data_prep.command import new_parser, run
-from data_prep.corpus import Corpus, CorpusError, Document, add_split_arguments, split_of, split_rule
+from data_prep.corpus import Corpus, Document, add_split_arguments, split_of, split_rule
+from data_prep.streams import CorpusError
 from mamba_pretrain.data.shards import Manifest, ShardError, SplitInfo, SplitRule, TokenizerInfo
-from mamba_pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from mamba_pretrain.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer
 from mamba_pretrain.data.writer import ShardWriter
 from mamba_pretrain.files import atomic_directory
 
@@ -39,7 +40,7 @@ all. Example:
 @dataclass(frozen=True)
 class Encoded:
     split: str
-    tokens: NDArray[np.int64]
+    tokens: NDArray[np.int32]
     text_bytes: int
     words: int
     round_trip: bool
@@ -53,13 +54,19 @@ class Counts:
 
 def encode(document: Document, tokenizer: Tokenizer, rule: SplitRule, add_bos: bool) -> Encoded:
     """All the work on one document, and nothing that depends on another: this is what may be spread over processes."""
-    ids, utf8 = tokenizer.encode(document.text), document.text.encode()
+    utf8 = document.text.encode()
+    if isinstance(tokenizer, BytesTokenizer):  # a list of them all would take eight times the memory
+        ids, round_trip = np.frombuffer(utf8, np.uint8), True
+    else:
+        found = tokenizer.encode(document.text)
+        ids, round_trip = np.array(found, np.int32), tokenizer.decode_bytes(found) == utf8
+    bos, eod = np.array([tokenizer.bos_id] * add_bos, np.int32), np.array([tokenizer.eod_id], np.int32)
     return Encoded(
         split=split_of(document.text, rule),
-        tokens=np.array([tokenizer.bos_id] * add_bos + ids + [tokenizer.eod_id], dtype=np.int64),
+        tokens=np.concatenate((bos, ids, eod)),
         text_bytes=len(utf8),
         words=len(document.text.split()),
-        round_trip=tokenizer.decode_bytes(ids) == utf8,
+        round_trip=round_trip,
     )
 
 
@@ -137,6 +144,12 @@ def _with_progress(documents: Iterator[Encoded]) -> Iterator[Encoded]:
                 bar.set_postfix_str(f"{n / (time.perf_counter() - began):,.0f} documents/s", refresh=False)
 
 
+def _require_outside(output: Path, inputs: Sequence[str | Path]) -> None:
+    for path in inputs:
+        if Path(path).resolve().is_relative_to(output.resolve()):
+            raise ShardError(f"{output} holds the input {path}, which it would replace: choose another output")
+
+
 def _require_training_data(documents: dict[str, int], corpus: Corpus) -> None:
     if not any(documents.values()):
         raise CorpusError(
@@ -173,7 +186,7 @@ def parser() -> ArgumentParser:
     result.add_argument(
         "--tokenizer", required=True, help="`bytes`, a SentencePiece .model, a tokenizer.json, or a directory with one"
     )
-    result.add_argument("--eod", help="token that ends a document, where a tokenizer.json leaves it open")
+    result.add_argument("--eod", help="special token that ends a document, where a tokenizer.json leaves it open")
     result.add_argument("--output", required=True, type=Path, help="dataset directory to make")
     add_split_arguments(result)
     result.add_argument(
@@ -189,6 +202,9 @@ def parser() -> ArgumentParser:
 def body(arguments: Namespace) -> int:
     began = time.perf_counter()
     corpus = Corpus.from_arguments(arguments)
+    _require_outside(
+        arguments.output, [*corpus.files, *([] if arguments.tokenizer == "bytes" else [arguments.tokenizer])]
+    )
     manifest = build(
         corpus,
         load_tokenizer(arguments.tokenizer, eod=arguments.eod),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 
-from data_prep.corpus import CorpusError
+from data_prep.streams import CorpusError
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import TokenizerError
 
@@ -18,8 +19,14 @@ def new_parser(module: str, description: str) -> ArgumentParser:
 
 
 def run(parser: ArgumentParser, body: Callable[[Namespace], int], argv: Sequence[str] | None) -> int:
-    """The exit code of body(parsed arguments): 2 after a user's error, 130 after Ctrl-C."""
+    """The exit code of body(parsed arguments): 2 after a user's error, 130 after Ctrl-C.
+
+    SIGTERM and SIGHUP, unless ignored (nohup), unwind the stack like Ctrl-C, so that no scratch directory stays.
+    """
     arguments = parser.parse_args(argv)
+    ending = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in ending:
+        signal.signal(number, _exit)
     try:
         return body(arguments)
     except BrokenPipeError:  # `... | head` has seen enough
@@ -31,3 +38,10 @@ def run(parser: ArgumentParser, body: Callable[[Namespace], int], argv: Sequence
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted, nothing was written", file=sys.stderr)
         return 130
+    finally:
+        for number in ending:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _exit(number: int, _: object) -> None:
+    raise SystemExit(128 + number)

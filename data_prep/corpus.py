@@ -6,26 +6,19 @@ and stops the command or is counted; a damaged file always stops it, because wha
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import json
 import sys
-import zlib
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Final
 
+from data_prep.streams import CorpusError, lines, optional
 from mamba_pretrain.data.shards import SPLITS, SourceInfo, SplitRule
 
-EXTRA: Final = "pip install 'mamba-pretrain[data]'"
 DATASET_MARKERS: Final = ("dataset_dict.json", "state.json")  # what datasets' save_to_disk leaves in a directory
-
-
-class CorpusError(ValueError):
-    """The input is not a corpus this program can read."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +42,9 @@ class Corpus:
     """The documents of files and directories, in sorted order within a directory.
 
     Iterating reads everything again and counts `skipped` (invalid, left out) and `empty` (valid, without text) records.
-    `ignored` are files found in directories whose extension says nothing to this reader. Raises CorpusError here for
-    inputs that match nothing, and while iterating for invalid records unless `on_error` is "skip".
+    `ignored` is what directories hold that is hidden or has an extension that says nothing to this reader. Raises
+    CorpusError here for inputs that match nothing or one file twice; while iterating for files that cannot be read, and
+    for invalid records unless `on_error` is "skip".
     """
 
     def __init__(
@@ -66,14 +60,17 @@ class Corpus:
         self.ignored: list[Path] = []
         self.skipped = self.empty = 0
         for path in map(Path, inputs):
-            if path.is_dir() and not _is_dataset(path):
-                self._add_directory(path)
-            elif path.is_file() and _extension(path) not in READERS:
-                raise CorpusError(f"{path}: unknown extension {path.suffix!r}; known are {_known()}")
-            elif path.exists():
-                self.files.append(path)
-            else:
+            if not path.exists():
                 raise CorpusError(f"{path} does not exist")
+            if path.is_dir():
+                self._add_directory(path)
+            elif not path.is_file():
+                raise CorpusError(f"{path} is a pipe or a device; save what it gives to a file ending in {_known()}")
+            elif _extension(path) not in READERS:
+                raise CorpusError(f"{path}: unknown extension {path.suffix!r}; known are {_known()}")
+            else:
+                self.files.append(path)
+        _require_distinct(self.files)
         if not self.files:
             raise CorpusError(f"nothing to read in {', '.join(map(str, inputs))}: no file ends in {_known()}")
 
@@ -87,17 +84,21 @@ class Corpus:
             on_error=arguments.on_error,
         )
         for path in corpus.ignored:
-            print(f"warning: ignored {path}, its extension is unknown", file=sys.stderr)
+            print(f"warning: ignored {path}, it is hidden or its extension is unknown", file=sys.stderr)
         return corpus
 
-    def _add_directory(self, directory: Path) -> None:
-        for path in sorted(directory.iterdir()):
-            if path.name.startswith("."):
-                continue
-            if path.is_dir() and not _is_dataset(path):
-                self._add_directory(path)
-            else:
-                (self.files if path.is_dir() or _extension(path) in READERS else self.ignored).append(path)
+    def _add_directory(self, directory: Path, above: tuple[Path, ...] = ()) -> None:
+        above = (*above, directory.resolve())
+        if _is_dataset(directory):
+            self.files.append(directory)
+        elif above[-1] not in above[:-1]:  # else a symbolic link has led back up
+            for path in sorted(directory.iterdir()):
+                hidden = path.name.startswith(".")
+                if path.is_dir() and not hidden:
+                    self._add_directory(path, above)
+                else:
+                    readable = _extension(path) in READERS and (path.is_file() or not path.exists())
+                    (self.files if readable and not hidden else self.ignored).append(path)
 
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:
@@ -128,8 +129,7 @@ class Corpus:
     def __iter__(self) -> Iterator[Document]:
         self.skipped = self.empty = 0
         for path in self.files:
-            reader = _read_dataset if path.is_dir() else READERS[_extension(path)]
-            for record in map(_storable, reader(path, self)):
+            for record in self._records(path):
                 if isinstance(record, Document):
                     if record.text:
                         yield record
@@ -142,6 +142,13 @@ class Corpus:
                         f"{record.source}:{record.line}: {record.reason}. Mend it, or pass --on-error skip to leave "
                         "out and count such records"
                     )
+
+    def _records(self, path: Path) -> Iterator[Record]:
+        reader = _read_dataset if path.is_dir() else READERS[_extension(path)]
+        try:
+            yield from map(_storable, reader(path, self))
+        except OSError as error:
+            raise CorpusError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _known() -> str:
@@ -157,6 +164,13 @@ def _extension(path: Path) -> str:
     return "" if plain is not path and plain.suffix == ".parquet" else plain.suffix
 
 
+def _require_distinct(files: Sequence[Path]) -> None:
+    first: dict[Path, Path] = {}
+    for path in files:
+        if (other := first.setdefault(path.resolve(), path)) is not path:
+            raise CorpusError(f"{path} is among the inputs twice, first as {other}: its text would count double")
+
+
 def _storable(record: Record) -> Record:
     if isinstance(record, Document) and not record.text.isascii():
         try:
@@ -166,67 +180,6 @@ def _storable(record: Record) -> Record:
                 "the text holds half of a surrogate pair, which is not a character", record.source, record.line
             )
     return record
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line with its line feed) of a plain or compressed file."""
-    number = 0
-    try:
-        with _open(path) as stream:
-            for number, line in enumerate(stream, start=1):
-                yield number, line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise CorpusError(f"{path} is damaged after line {number} ({error}); get the file again") from error
-
-
-def _open(path: Path) -> io.BufferedIOBase | IO[bytes]:
-    if path.suffix == ".gz":
-        return gzip.open(path)
-    if path.suffix == ".zst":
-        return io.BufferedReader(_ZstdStream(path))
-    return path.open("rb")
-
-
-class _ZstdStream(io.RawIOBase):
-    """Decompressed bytes of one or more zstd frames. zstandard's own stream ends a truncated file without a word."""
-
-    def __init__(self, path: Path) -> None:
-        self._zstd = _optional("zstandard", path)
-        self._file = path.open("rb")
-        self._frame = self._zstd.ZstdDecompressor().decompressobj()
-        self._ready, self._rest, self._inside = memoryview(b""), b"", False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            block = self._rest or self._file.read(1 << 16)
-            if not block and self._inside:
-                raise EOFError("the last zstd frame is incomplete")
-            if not block:
-                return 0
-            try:
-                self._ready = memoryview(self._frame.decompress(block))
-            except self._zstd.ZstdError as error:
-                raise EOFError(str(error)) from error
-            self._rest, self._inside = self._frame.unused_data, not self._frame.eof
-            if self._frame.eof:
-                self._frame = self._zstd.ZstdDecompressor().decompressobj()
-        n = min(len(buffer), len(self._ready))
-        buffer[:n], self._ready = self._ready[:n], self._ready[n:]
-        return n
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _optional(module: str, path: Path) -> Any:
-    try:
-        return __import__(module, fromlist=["_"])
-    except ImportError as error:
-        raise CorpusError(f"{path}: reading it takes the package {module.split('.')[0]}: {EXTRA}") from error
 
 
 def _read_txt(path: Path, corpus: Corpus) -> Iterator[Record]:
@@ -239,7 +192,7 @@ def _read_txt(path: Path, corpus: Corpus) -> Iterator[Record]:
             return Invalid(f"byte {text[error.start]:#04x} is not UTF-8", str(path), line)
 
     whole, block, begin = corpus.txt_documents == "file", list[bytes](), 1
-    for number, line in _lines(path):
+    for number, line in lines(path):
         blank = not whole and not line.strip()
         if block and (blank or corpus.txt_documents == "line"):
             yield record(block, begin)
@@ -252,7 +205,7 @@ def _read_txt(path: Path, corpus: Corpus) -> Iterator[Record]:
 
 
 def _read_jsonl(path: Path, corpus: Corpus) -> Iterator[Record]:
-    for number, line in _lines(path):
+    for number, line in lines(path):
         if not line.strip():
             continue
         try:
@@ -280,8 +233,8 @@ def _string(value: object, key: str, path: Path, line: int) -> Record:
 
 
 def _read_parquet(path: Path, corpus: Corpus) -> Iterator[Record]:
-    parquet = _optional("pyarrow.parquet", path)
-    arrow_error = _optional("pyarrow", path).ArrowException
+    parquet = optional("pyarrow.parquet", path)
+    arrow_error = optional("pyarrow", path).ArrowException
     row = 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -296,29 +249,40 @@ def _read_parquet(path: Path, corpus: Corpus) -> Iterator[Record]:
                     except UnicodeDecodeError as error:
                         yield Invalid(f"byte {error.object[error.start]:#04x} is not UTF-8", str(path), row)
     except (arrow_error, OSError) as error:
+        if getattr(error, "errno", None):  # the system's, not pyarrow's
+            raise
         raise CorpusError(f"{path} is damaged after row {row} ({error}); get the file again") from error
 
 
 def _read_dataset(path: Path, corpus: Corpus) -> Iterator[Record]:
-    datasets = _optional("datasets", path)
-    loaded = datasets.load_from_disk(str(path))
-    parts = loaded if isinstance(loaded, dict) else {"": loaded}
-    for name in sorted(parts):
-        if corpus.text_key not in parts[name].column_names:
-            raise CorpusError(f"{path}: no column {corpus.text_key!r} (--text-key), only {parts[name].column_names}")
-        for row, fields in enumerate(parts[name].select_columns([corpus.text_key]), start=1):
-            yield _field(fields, corpus.text_key, path / name, row)
+    datasets = optional("datasets", path)
+    row = 0
+    try:
+        loaded = datasets.load_from_disk(str(path))
+        parts = loaded if isinstance(loaded, dict) else {"": loaded}
+        for name in sorted(parts):
+            names = parts[name].column_names
+            if corpus.text_key not in names:
+                raise CorpusError(f"{path}: no column {corpus.text_key!r} (--text-key), only {names}")
+            for row, fields in enumerate(parts[name].select_columns([corpus.text_key]), start=1):
+                yield _field(fields, corpus.text_key, path / name, row)
+    except (CorpusError, PermissionError):
+        raise
+    except Exception as error:  # of pyarrow, json, fsspec, or a bare KeyError
+        raise CorpusError(f"{path} is damaged after row {row} ({error!r}); get the dataset again") from error
 
 
 def _read_fasta(path: Path, _: Corpus) -> Iterator[Record]:
-    """One document a record: its letters in the case they stand in, without header and line breaks."""
+    """One document a record: its letters in the case they stand in, without header, comments and whitespace."""
     letters: list[str] = []
     begin, invalid = 0, ""
 
     def record() -> Record:
         return Invalid(invalid, str(path), begin) if invalid else Document("".join(letters), str(path), begin)
 
-    for number, line in _lines(path):
+    for number, line in lines(path):
+        if line.startswith(b";"):  # a comment
+            continue
         if line.startswith(b">"):
             if begin:
                 yield record()
@@ -328,7 +292,7 @@ def _read_fasta(path: Path, _: Corpus) -> Iterator[Record]:
         elif not line.isascii():
             invalid = f"the record has a byte beyond ASCII in line {number}"
         else:
-            letters.append(line.strip().decode("ascii"))
+            letters.append(b"".join(line.split()).decode("ascii"))
     if begin:
         yield record()
 
@@ -359,6 +323,8 @@ def split_rule(fractions: Sequence[float], seed: int) -> SplitRule:
     """The rule for (train, validation, test) shares. A document's split depends on its text and the seed alone."""
     if len(fractions) != len(SPLITS) or min(fractions) < 0 or not abs(sum(fractions) - 1) < 1e-6:
         raise CorpusError(f"split fractions {tuple(fractions)}: expected three shares, none negative, that add up to 1")
+    if not abs(seed) < 2**63:
+        raise CorpusError(f"--seed {seed}: expected a number of at most 63 bits")
     shares = {split: float(share) for split, share in zip(SPLITS, fractions, strict=True) if share > 0}
     return SplitRule(seed, shares, "blake2b-64 of the UTF-8 text, keyed by the seed, against cumulated fractions")
 

@@ -14,7 +14,8 @@ from typing import Final
 import sentencepiece
 
 from data_prep.command import new_parser, run
-from data_prep.corpus import Corpus, CorpusError, Document, add_split_arguments, split_of, split_rule
+from data_prep.corpus import Corpus, Document, add_split_arguments, split_of, split_rule
+from data_prep.streams import CorpusError
 from mamba_pretrain.data.tokenizer import TokenizerError, load_tokenizer
 
 DESCRIPTION = """\
@@ -121,8 +122,16 @@ def body(arguments: Namespace) -> int:
     output: Path = arguments.output
     if output.suffix != ".model":
         raise TokenizerError(f"--output {output}: the name of a SentencePiece model ends in .model")
-    if output.exists() and not arguments.overwrite:
-        raise TokenizerError(f"{output} exists; choose another output, or pass --overwrite to replace it")
+    for option, value in (("--vocab-size", arguments.vocab_size), ("--max-sentences", arguments.max_sentences)):
+        if value < 1:
+            raise TokenizerError(f"{option} {value}: expected 1 or more")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(output.parent, os.W_OK):
+        raise TokenizerError(f"{output.parent} is not writable; choose another output")
+    for path in (output, output.with_suffix(".vocab")):
+        if path.is_dir() or (path.exists() and not arguments.overwrite):
+            hint = "" if path.is_dir() else ", or pass --overwrite to replace it"
+            raise TokenizerError(f"{path} exists; choose another output{hint}")
     corpus = Corpus.from_arguments(arguments)
     rule = split_rule(arguments.split_fractions, arguments.seed)
     chosen = (d for d in corpus if arguments.split == "all" or split_of(d.text, rule) == arguments.split)
@@ -135,7 +144,6 @@ def body(arguments: Namespace) -> int:
         vocab_size=arguments.vocab_size,
         character_coverage=arguments.character_coverage,
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
     model = sentencepiece.SentencePieceProcessor(model_proto=content)
     pieces = [f"{model.id_to_piece(i)!r}\t{model.get_score(i):g}\n" for i in range(model.get_piece_size())]
     write_atomically(output.with_suffix(".vocab"), "".join(pieces).encode())

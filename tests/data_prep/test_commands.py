@@ -141,6 +141,19 @@ def test_an_existing_output_is_replaced_only_on_request(
     assert Manifest.read(output).sources[0].path == str(corpus)
 
 
+@pytest.mark.parametrize("tokenizer", [False, True])
+def test_an_output_that_holds_an_input_is_never_replaced(
+    corpus: Path, tmp_path: Path, tokenizer: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = make_dataset(tmp_path / "data")
+    inside = write_jsonl(output / "corpus.jsonl", make_documents(50))
+    before = sorted(output.iterdir())
+    chosen, name = (corpus, str(output)) if tokenizer else (inside, "bytes")
+    assert build(chosen, output, "--overwrite", *FRACTIONS, tokenizer=name) == 2
+    assert f"{output} holds the input {output if tokenizer else inside}" in capsys.readouterr().err
+    assert sorted(output.iterdir()) == before
+
+
 def test_an_empty_split_warns_and_an_empty_train_split_stops(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,6 +193,19 @@ def test_a_killed_build_leaves_no_output_and_the_next_one_works(tmp_path: Path) 
     assert build(corpus, output) == 0
     assert list(output.parent.iterdir()) == [output]
     assert verify_shards.main([str(output)]) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_build_told_to_end_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    corpus, output = write_jsonl(tmp_path / "corpus.jsonl", make_documents(100_000)), tmp_path / "out" / "data"
+    process = run("-m", "data_prep.build_shards", str(corpus), "--tokenizer", "bytes", "--output", str(output))
+    deadline = time.monotonic() + 30
+    while not any(output.parent.glob("data.tmp-*/train.bin")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.communicate()[1] == ""
+    assert process.returncode == 128 + number
+    assert list(output.parent.iterdir()) == []
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
@@ -268,6 +294,9 @@ def test_the_tokenizer_learns_from_the_train_split_only(tmp_path: Path, monkeypa
         ),
         (["--vocab-size", "100", "--output", "t.model"], "Vocabulary size is smaller than required_chars"),
         (["--vocab-size", "300", "--output", "t.json"], "ends in .model"),
+        (["--vocab-size", "0", "--output", "t.model"], "--vocab-size 0: expected 1 or more"),
+        (["--vocab-size", "300", "--output", "t.model", "--max-sentences", "0"], "--max-sentences 0: expected 1"),
+        (["--vocab-size", "300", "--output", "corpus.jsonl/t.model"], "File exists: 'corpus.jsonl'"),
     ],
 )
 def test_tokenizer_errors_are_one_message(
@@ -283,6 +312,19 @@ def test_tokenizer_errors_are_one_message(
     error = capfd.readouterr().err
     assert message in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == [corpus]
+
+
+@pytest.mark.parametrize("name", ["t.model", "t.vocab"])
+def test_neither_file_of_a_tokenizer_is_replaced_unasked(
+    corpus: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text("precious")
+    arguments = [str(corpus), "--vocab-size", "300", "--output", str(tmp_path / "t.model")]
+    assert train_tokenizer.main(arguments) == 2
+    assert f"{name} exists; choose another output, or pass --overwrite" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "precious"
+    assert train_tokenizer.main([*arguments, "--overwrite"]) == 0
+    assert (tmp_path / name).read_bytes() != b"precious"
 
 
 COMMANDS = ["build_shards", "show_shards", "train_tokenizer", "verify_shards"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.corpus import Corpus, CorpusError, split_of, split_rule
+from data_prep.corpus import Corpus, split_of, split_rule
+from data_prep.streams import CorpusError
 from tests.helpers.corpora import make_documents, write_jsonl
 
 DOCUMENTS = ["first\nline two", "  \u00e9 \U0001f600\t", "third"]
@@ -100,10 +102,10 @@ def test_what_a_document_is_in_plain_text(tmp_path: Path, mode: str, expected: l
 
 @pytest.mark.parametrize("suffix", [".fa", ".fasta", ".fna", ".fa.gz"])
 def test_fasta_gives_a_document_a_record_without_header(tmp_path: Path, suffix: str) -> None:
-    content = b">one some words\nACGT\nACnn\r\n\n>two\nTTTT\n>empty\n"
+    content = b";made by hand\n>one some words\nACGT\n;caf\xe9\nAC nn\r\n\n>two\n1 TT TT\n>empty\n"
     path = write_bytes(tmp_path / f"a{suffix}", gzip.compress(content) if suffix.endswith("gz") else content)
     corpus = Corpus([path])
-    assert [(d.text, d.line) for d in corpus] == [("ACGTACnn", 1), ("TTTT", 5)]
+    assert [(d.text, d.line) for d in corpus] == [("ACGTACnn", 2), ("1TTTT", 7)]
     assert corpus.empty == 1
 
 
@@ -157,6 +159,13 @@ def test_the_text_key_may_be_another(tmp_path: Path) -> None:
         list(Corpus([parquet]))
 
 
+def damage_dataset(directory: Path, pattern: str, content: bytes) -> Path:
+    path = save_dataset(directory / "saved", DOCUMENTS)
+    (file,) = path.glob(pattern)
+    write_bytes(file, content)
+    return path
+
+
 DAMAGED = {
     "truncated gz": lambda d: write_bytes(d / "a.jsonl.gz", gzip.compress(jsonl_bytes(make_documents(500)))[:-20]),
     "no gz": lambda d: write_bytes(d / "a.jsonl.gz", b"plain"),
@@ -164,6 +173,11 @@ DAMAGED = {
         d / "a.jsonl.zst", write_zst(d / "whole.zst", jsonl_bytes(make_documents(5000))).read_bytes()[:-20]
     ),
     "no zst": lambda d: write_bytes(d / "a.jsonl.zst", b"plain text"),
+    "empty gz": lambda d: write_bytes(d / "a.jsonl.gz", b""),
+    "empty zst": lambda d: write_bytes(d / "a.jsonl.zst", b""),
+    "dataset without a table": lambda d: damage_dataset(d, "*.arrow", b""),
+    "dataset without a schema": lambda d: damage_dataset(d, "dataset_info.json", b"{"),
+    "dataset without a state": lambda d: damage_dataset(d, "state.json", b"{}"),
     "no parquet": lambda d: write_bytes(d / "a.parquet", b"plain text"),
 }
 
@@ -176,8 +190,44 @@ def test_a_damaged_file_always_stops(tmp_path: Path, kind: str, on_error: str) -
     if "parquet" in kind:
         pytest.importorskip("pyarrow")
     path = DAMAGED[kind](tmp_path)
-    with pytest.raises(CorpusError, match=rf"{path.name} is damaged after .*get the file again"):
+    with pytest.raises(CorpusError, match=rf"{path.name} is damaged after .*get the (file|dataset) again"):
         list(Corpus([path], on_error=on_error))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.parquet"])
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_file_that_cannot_be_opened_always_stops(tmp_path: Path, name: str, on_error: str) -> None:
+    (tmp_path / name).symlink_to("gone")
+    with pytest.raises(CorpusError, match=f"{name} cannot be read: .*[Nn]o such file"):
+        list(Corpus([tmp_path], on_error=on_error))
+
+
+def test_pipes_are_refused_rather_than_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(
+        CorpusError, match=r"a\.jsonl is a pipe or a device; save what it gives to a file ending in .txt"
+    ):
+        Corpus([tmp_path / "a.jsonl"])
+    with pytest.raises(CorpusError, match="/dev/null is a pipe or a device"):
+        Corpus(["/dev/null"])
+    write_jsonl(tmp_path / "b.jsonl", ["b"])
+    assert [path.name for path in Corpus([tmp_path]).ignored] == ["a.jsonl"]
+
+
+def test_one_file_under_two_names_is_refused(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["a"])
+    with pytest.raises(CorpusError, match=r"a\.jsonl is among the inputs twice, first as .*a\.jsonl"):
+        Corpus([tmp_path, path])
+    (tmp_path / "b.jsonl").symlink_to(path)
+    with pytest.raises(CorpusError, match=r"b\.jsonl is among the inputs twice, first as .*a\.jsonl"):
+        Corpus([tmp_path])
+
+
+def test_a_link_back_up_is_not_followed(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["a"])
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "loop").symlink_to(tmp_path)
+    assert Corpus([tmp_path]).files == [path]
 
 
 def test_directories_are_read_in_sorted_order_and_say_what_they_ignore(tmp_path: Path) -> None:
@@ -186,7 +236,7 @@ def test_directories_are_read_in_sorted_order_and_say_what_they_ignore(tmp_path:
         write_jsonl(tmp_path / name, [name])
     corpus = Corpus([tmp_path])
     assert [document.text for document in corpus] == ["a.jsonl", "b/1.jsonl", "b/2.jsonl"]
-    assert [path.name for path in corpus.ignored] == ["README.md", "notes.parquet.gz"]
+    assert [path.name for path in corpus.ignored] == [".hidden.jsonl", "README.md", "notes.parquet.gz"]
 
 
 def test_inputs_that_are_nothing_are_refused(tmp_path: Path) -> None:
@@ -221,6 +271,11 @@ def test_splits_without_a_share_get_nothing() -> None:
     rule = split_rule((0.5, 0, 0.5), seed=0)
     assert {split_of(text, rule) for text in make_documents(200)} == {"train", "test"}
     assert list(split_rule((1, 0, 0), 0).fractions) == ["train"]
+
+
+def test_a_seed_beyond_63_bits_is_refused() -> None:
+    with pytest.raises(CorpusError, match="--seed 9{60}: expected"):
+        split_rule((1, 0, 0), int("9" * 60))
 
 
 @pytest.mark.parametrize("fractions", [(0.5, 0.5, 0.5), (1.5, -0.5, 0), (float("nan"), 0, 1)])
