@@ -253,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     perplexity.add_argument("what", choices=("perplexity",))
     modelled(perplexity)
     perplexity.add_argument("--data", type=Path, required=True, help="a dataset made by data_prep.build_shards")
-    perplexity.add_argument("--split", default="validation")
+    perplexity.add_argument("--split", default="validation", help="of the dataset")
     perplexity.add_argument(
         "--protocol",
         default="both",
