@@ -56,6 +56,7 @@ def batches(
     themselves. `workers` processes read ahead, 0 reads in this one; the batches are the same. Raises ShardError for
     damaged data, LoaderError for a process that ended.
     """
+    before = signal.getsignal(signal.SIGCHLD)
     running = iter(
         DataLoader(
             _Outcomes(dataset),
@@ -66,6 +67,9 @@ def batches(
             pin_memory=torch.cuda.is_available(),
         )
     )
+    if workers and threading.current_thread() is threading.main_thread():
+        # torch's handler raises in whatever code happens to run when a worker ends; next() sees it within 5 s anyway.
+        signal.signal(signal.SIGCHLD, before)
     while True:
         try:
             batch = next(running)
