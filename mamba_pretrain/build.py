@@ -17,7 +17,7 @@ from mamba_pretrain.checkpoint import CheckpointError
 from mamba_pretrain.config import Config, ConfigError, ModelConfig
 from mamba_pretrain.data.order import ORDER_VERSION
 from mamba_pretrain.data.shards import Manifest, Shard, open_split, verify_up_to
-from mamba_pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from mamba_pretrain.data.tokenizer import Tokenizer, dataset_tokenizer, load_tokenizer
 from mamba_pretrain.distributed.engine import Engine
 from mamba_pretrain.distributed.env import bf16_is_native, check_precision, resolve_device
 from mamba_pretrain.distributed.single import SingleEngine
@@ -114,7 +114,7 @@ def _open_data(config: Config) -> tuple[Shard, Shard | None, Manifest, Tokenizer
     train, manifest = open_split(data.path, data.train_split, tokenizer_sha256=wanted)
     validation = open_split(data.path, data.validation_split)[0] if data.validation_split is not None else None
     verify_up_to(data.path, [split for split in (data.train_split, data.validation_split) if split], data.verify_gib)
-    return train, validation, manifest, load_tokenizer(data.path)
+    return train, validation, manifest, dataset_tokenizer(data.path, manifest)
 
 
 def _resolve_model(given: ModelConfig, known: ModelConfig | None, manifest: Manifest) -> ModelConfig:

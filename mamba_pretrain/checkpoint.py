@@ -14,7 +14,6 @@ ever unpickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -30,7 +29,7 @@ from mamba_pretrain import __version__
 from mamba_pretrain import config as config_module
 from mamba_pretrain.config import Config
 from mamba_pretrain.distributed.engine import MODEL as MODEL
-from mamba_pretrain.files import atomic_directory, sync
+from mamba_pretrain.files import atomic_directory, sha256_of, sync
 
 FORMAT, VERSION = "mamba_pretrain.checkpoint", 1
 MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
@@ -56,7 +55,7 @@ def write(
     with atomic_directory(target, error=CheckpointError, overwrite=overwrite) as directory:
         write_files(directory)
         config_module.save(config, directory / CONFIG)
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(directory.iterdir())}
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(directory.iterdir())}
         for name in files:
             sync(directory / name)  # before the manifest that vouches for them
         manifest = {"format": FORMAT, "version": VERSION, "made_by": f"mamba_pretrain {__version__}", **facts}
@@ -94,7 +93,7 @@ def verify(directory: Path) -> dict[str, Any]:
             problems.append(f"{name} is missing")
         elif path.stat().st_size != due["bytes"]:
             problems.append(f"{name} has {path.stat().st_size} bytes, the manifest says {due['bytes']}")
-        elif (found := sha256(path)) != due["sha256"]:
+        elif (found := sha256_of(path)) != due["sha256"]:
             problems.append(f"{name} has sha256 {found[:12]}..., the manifest says {due['sha256'][:12]}...")
     if problems:
         raise CheckpointError(f"{directory} is damaged: {'; '.join(problems)}{_complete_siblings(directory)}")
@@ -140,11 +139,6 @@ def clean(directory: Path) -> None:
     """Removes what killed processes left half-written or half-deleted. Only for the process that alone writes here."""
     for leftover in (*directory.glob("step_*.deleting"), *directory.glob("step_*.tmp-*")):
         shutil.rmtree(leftover)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _complete_siblings(directory: Path) -> str:

@@ -15,7 +15,7 @@ from mamba_pretrain.config import PRECISIONS, Config, ConfigError, DataConfig, l
 from mamba_pretrain.data.loader import LoaderError
 from mamba_pretrain.data.packing import n_windows
 from mamba_pretrain.data.shards import ShardError, open_split, verify_up_to
-from mamba_pretrain.data.tokenizer import TokenizerError, load_tokenizer
+from mamba_pretrain.data.tokenizer import TokenizerError, dataset_tokenizer, load_tokenizer
 from mamba_pretrain.distributed.env import EXIT_PREEMPTED, autocast, resolve_device
 from mamba_pretrain.evaluate.perplexity import EvaluationError, PerplexityResult, evaluate_documents, evaluate_windows
 from mamba_pretrain.evaluate.report import ReportError, plot_run
@@ -106,7 +106,7 @@ def _eval_perplexity(arguments: argparse.Namespace) -> None:
                 model,
                 shard,
                 adds_bos=manifest.adds_bos,
-                tokenizer=load_tokenizer(arguments.data),
+                tokenizer=dataset_tokenizer(arguments.data, manifest),
                 not_round_trip=manifest.not_round_trip,
                 max_documents=arguments.max_documents,
                 precision=arguments.precision,

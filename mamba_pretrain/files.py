@@ -1,17 +1,19 @@
-"""Directories on disk that are either complete or absent."""
+"""Directories on disk that are either complete or absent, and what files weigh: their hashes."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+BLOCK_BYTES: Final = 1 << 24  # read at a time
 OURS: Final = frozenset(("manifest.json", "config.json"))
 DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -75,6 +77,16 @@ def _check_replaceable(output: Path, error: type[ValueError]) -> None:
     held = [path.name for path in output.iterdir()]
     if any((output / name).is_dir() for name in held) or (held and not OURS.intersection(held)):
         raise error(f"{output} holds {', '.join(sorted(held)[:5])}: it is not an earlier output, and is not replaced")
+
+
+def sha256_of(path: Path, progress: Callable[[int], object] = lambda _: None) -> str:
+    """The file's sha256; `progress` is told the bytes of each block read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(BLOCK_BYTES):
+            digest.update(block)
+            progress(len(block))
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -64,7 +64,7 @@ def run(config: Config) -> int:
         this = build(config)
         config, state = this.config, this.state
         config_module.save(config, directory / "config.yaml")
-        log.info("step %d of %d, %d tokens each", state.step, config.steps, config.train.batch_tokens)
+        log.info("from step %d to %d, %d tokens each", state.step, config.steps, config.train.batch_tokens)
         sinks, saver, recent = Sinks(config, directory, state.step), Saver(this), Recent()
         skipped_in_a_row = 0
         try:

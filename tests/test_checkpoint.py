@@ -17,6 +17,7 @@ from mamba_pretrain import checkpoint
 from mamba_pretrain.checkpoint import CheckpointError
 from mamba_pretrain.config import Config, ModelConfig, TrainConfig
 from mamba_pretrain.distributed.engine import OPTIMIZER
+from mamba_pretrain.files import sha256_of
 
 CONFIG = Config(model=ModelConfig(d_model=16, n_layer=1, vocab_size=16), train=TrainConfig(steps=1))
 
@@ -158,7 +159,7 @@ def test_reading_never_unpickles(tmp_path: Path) -> None:
     (target / checkpoint.MODEL).write_bytes(pickle.dumps({"weight": Bomb()}))
     manifest = json.loads((target / checkpoint.MANIFEST).read_text())
     path = target / checkpoint.MODEL
-    manifest["files"][checkpoint.MODEL] = {"bytes": path.stat().st_size, "sha256": checkpoint.sha256(path)}
+    manifest["files"][checkpoint.MODEL] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     (target / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="is not a safetensors file"):
         checkpoint.load_model(target)

@@ -37,13 +37,15 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from mamba_pretrain.files import sha256_of
+
 SPLITS: Final = ("train", "validation", "test")
 MANIFEST: Final = "manifest.json"
 MAGIC: Final = b"MMIDIDX\x00\x00"
 VERSION: Final = 1
 HEADER: Final = struct.Struct("<9sQBQQ")
 DTYPES: Final = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
-BLOCK_BYTES: Final = 1 << 24  # what verify() and hashing hold in memory at a time
+BLOCK_BYTES: Final = 1 << 24  # what verify() holds in memory at a time
 
 log = logging.getLogger("mamba_pretrain")
 
@@ -331,16 +333,6 @@ def open_split(directory: str | Path, split: str, *, tokenizer_sha256: str | Non
             f"manifest says {info.documents:,}, {info.tokens:,} of {manifest.dtype}"
         )
     return shard, manifest
-
-
-def sha256_of(path: Path, progress: Callable[[int], object] = lambda _: None) -> str:
-    """The file's sha256; `progress` is told the bytes of each block read."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(BLOCK_BYTES):
-            digest.update(block)
-            progress(len(block))
-    return digest.hexdigest()
 
 
 def verify(

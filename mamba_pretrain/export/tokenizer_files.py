@@ -23,8 +23,9 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from mamba_pretrain.checkpoint import sha256
+from mamba_pretrain.data.tokenizer import BYTE_OF
 from mamba_pretrain.export.formats import FormatError
+from mamba_pretrain.files import sha256_of
 
 # The names `mamba_pretrain.data.tokenizer` gives its files, and the kinds it calls them. Where a directory holds
 # several, the first is the original and the others were made from it.
@@ -58,7 +59,7 @@ def find(directory: Path, facts: dict[str, Any] | None) -> tuple[Path | None, di
     path = next((directory / name for name in KINDS if (directory / name).is_file()), None)
     if path is None:
         return None, facts if facts and facts.get("kind", "unknown") is None else None
-    if facts and facts.get("sha256") == sha256(path):
+    if facts and facts.get("sha256") == sha256_of(path):
         return path, facts
     return path, _describe(path)
 
@@ -108,7 +109,7 @@ def write_for_transformers(source: Path | None, facts: dict[str, Any] | None, ta
 def _describe(path: Path) -> dict[str, Any]:
     """Facts as a checkpoint's manifest has them, read from the file; ids it does not tell are None."""
     kind = KINDS[path.name]
-    facts: dict[str, Any] = {"kind": kind, "file": path.name, "sha256": sha256(path), "bos_id": None, "eod_id": None}
+    facts: dict[str, Any] = {"kind": kind, "file": path.name, "sha256": sha256_of(path), "bos_id": None, "eod_id": None}
     if kind == "bytes":
         return facts | {"vocab_size": 257, "bos_id": 256, "eod_id": 256}
     if kind == "sentencepiece":
@@ -139,10 +140,7 @@ def _load_sentencepiece(path: Path) -> Any:
 
 def _from_bytes() -> tokenizers.Tokenizer:
     """GPT-2's byte alphabet without merges: id = byte. 256 ends a document."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    vocab = {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-    made = tokenizers.Tokenizer(models.BPE(vocab, []))
+    made = tokenizers.Tokenizer(models.BPE(BYTE_OF, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([BYTES_END])

@@ -12,10 +12,10 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from mamba_pretrain.checkpoint import sha256
 from mamba_pretrain.data.tokenizer import BytesTokenizer, load_tokenizer
 from mamba_pretrain.export import formats, tokenizer_files
 from mamba_pretrain.export.formats import FormatError
+from mamba_pretrain.files import sha256_of
 from tests.helpers import hf
 from tests.helpers.native import sentencepiece_model, tokenizer_facts
 
@@ -107,7 +107,7 @@ def test_a_tokenizer_json_travels_with_the_settings_that_name_its_end(tmp_path: 
     assert facts == {
         "kind": "huggingface",
         "file": "tokenizer.json",
-        "sha256": sha256(source),
+        "sha256": sha256_of(source),
         "vocab_size": 258,
         "bos_id": 257,
         "eod_id": 257,
