@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "runs/quickstart", help="a directory to make")
     parser.add_argument("--tokens", type=int, help="train on so many instead of the configuration's")
     arguments = parser.parse_args(argv)
-    output: Path = arguments.output
+    output: Path = arguments.output.resolve()
     if output.exists():
         print(f"{output} exists: remove it to start over, or choose another --output", file=sys.stderr)
         return 2

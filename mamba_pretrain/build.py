@@ -16,6 +16,7 @@ from mamba_pretrain import config as config_module
 from mamba_pretrain.checkpoint import CheckpointError
 from mamba_pretrain.config import Config, ConfigError, ModelConfig
 from mamba_pretrain.data.order import ORDER_VERSION
+from mamba_pretrain.data.packing import n_windows
 from mamba_pretrain.data.shards import Manifest, Shard, open_split, verify_up_to
 from mamba_pretrain.data.tokenizer import Tokenizer, dataset_tokenizer, load_tokenizer
 from mamba_pretrain.distributed.engine import Engine
@@ -114,6 +115,15 @@ def _open_data(config: Config) -> tuple[Shard, Shard | None, Manifest, Tokenizer
     train, manifest = open_split(data.path, data.train_split, tokenizer_sha256=wanted)
     validation = open_split(data.path, data.validation_split)[0] if data.validation_split is not None else None
     verify_up_to(data.path, [split for split in (data.train_split, data.validation_split) if split], data.verify_gib)
+    for split, shard in (("train", train), ("validation", validation)):
+        if shard is not None and n_windows(shard, data.seq_len) == 0:
+            cure = ", or data.validation_split=null" if split == "validation" else ""
+            raise ConfigError(
+                [
+                    f"{shard.path} has {shard.n_tokens:,} tokens, fewer than one window of {data.seq_len:,} and its "
+                    f"last label: use more data, a shorter data.seq_len{cure}"
+                ]
+            )
     return train, validation, manifest, dataset_tokenizer(data.path, manifest)
 
 

@@ -47,7 +47,13 @@ log = logging.getLogger("mamba_pretrain")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 a mistake in the input (one message, no traceback), 3 training diverged, 75 preempted."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse gives up on key=value words that come after an option; they mean the same there.
+    if hasattr(arguments, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
+        arguments.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return int(arguments.function(arguments) or 0)
@@ -77,13 +83,17 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _describe(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
-    if config.model.vocab_size is None and config.data.path is not None:
+    if config.train.init_from is not None:
+        config.model = read_pretrained(Path(config.train.init_from)).config
+    if config.model.vocab_size is None and config.data.path is not None and Path(config.data.path).is_dir():
         _, manifest = open_split(config.data.path, config.data.train_split)
         config.model.vocab_size = manifest.tokenizer.vocab_size
     print(describe(config))
 
 
 def _eval_perplexity(arguments: argparse.Namespace) -> None:
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise EvaluationError(f"--json {arguments.json}: there is no directory {arguments.json.parent}")
     source = read_pretrained(arguments.model)
     device = resolve_device(arguments.device)
     model = build_model(source).to(device)
@@ -163,7 +173,11 @@ def _generate(arguments: argparse.Namespace) -> None:
         arguments.prompt.encode()
     except UnicodeEncodeError as error:
         raise GenerationError("--prompt is not UTF-8: give its bytes in that encoding") from error
-    prompt_ids = [tokenizer.bos_id, *tokenizer.encode(arguments.prompt)]
+    prompt_ids = tokenizer.encode(arguments.prompt)
+    if source.facts.get("adds_bos", True):  # as the documents it was trained on; other formats do not tell
+        prompt_ids = [tokenizer.bos_id, *prompt_ids]
+    elif not prompt_ids:
+        prompt_ids = [tokenizer.eod_id]  # a document begins where the last one ended
     tokens = generate(
         model,
         prompt_ids,

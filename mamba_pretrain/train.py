@@ -213,6 +213,7 @@ class Saver:
             "step": run.state.step,
             "identity": run.identity,
             "tokenizer": asdict(run.manifest.tokenizer),
+            "adds_bos": run.manifest.adds_bos,
             "config_digest": run.config.digest(),
         }
         target = checkpoint.step_directory(self.directory, run.state.step)

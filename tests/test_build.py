@@ -14,23 +14,11 @@ from mamba_pretrain import checkpoint
 from mamba_pretrain.build import build
 from mamba_pretrain.checkpoint import CheckpointError
 from mamba_pretrain.config import ConfigError
-from mamba_pretrain.data.shards import ShardError
+from mamba_pretrain.data.shards import ShardError, open_split
 from mamba_pretrain.export.convert import export_checkpoint
 from mamba_pretrain.train import run, steps
 from tests.helpers.corpora import make_dataset
 from tests.helpers.runs import losses, small_config
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("data") / "dataset", n_documents=80)
-
-
-@pytest.fixture(scope="module")
-def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("runs") / "finished"
-    assert run(small_config(dataset, directory)) == 0
-    return directory
 
 
 def test_a_used_run_directory_is_refused_unless_asked_to_resume(dataset: Path, finished: Path) -> None:
@@ -130,6 +118,17 @@ def test_a_finished_run_says_that_nothing_is_left(
     with caplog.at_level("WARNING", logger="mamba_pretrain"):
         assert run(small_config(dataset, finished, "checkpoint.resume=auto", "train.steps=6")) == 0
     assert "is at step 12 of 6: the run is longer than asked for" in caplog.text
+
+
+def test_a_split_shorter_than_a_window_is_refused_before_anything_is_written(dataset: Path, tmp_path: Path) -> None:
+    tokens = {split: open_split(dataset, split)[0].n_tokens for split in ("train", "validation")}
+    assert tokens["train"] > tokens["validation"]
+    for split, cure in (("train", "shorter data.seq_len"), ("validation", "data.validation_split=null")):
+        length = tokens[split]
+        options = (f"data.seq_len={length}", f"train.batch_tokens={length}", "train.micro_batch_size=1")
+        with pytest.raises(ConfigError, match=rf"{split} has {length:,} tokens, fewer than one window .*{cure}"):
+            run(small_config(dataset, tmp_path / "run", *options))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_without_validation_split_trains(tmp_path: Path) -> None:

@@ -9,13 +9,7 @@ import pytest
 import torch
 
 from mamba_pretrain.cli import main
-from tests.helpers.corpora import make_dataset
 from tests.helpers.runs import OPTIONS
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("data") / "dataset", n_documents=80)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +102,23 @@ def test_a_run_directory_that_cannot_be_made_is_a_message(
     for run_dir in (tmp_path / "file", tmp_path / "file/below"):
         assert main(["train", *OPTIONS, f"data.path={dataset}", f"run_dir={run_dir}"]) == 2
         assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_options_may_come_before_and_after_flags(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["describe", f"data.path={dataset}", "--config", "configs/pretrain/quickstart.yaml", "model.n_layer=3"]
+    assert main(words) == 0
+    assert "3 blocks of d_model 192" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*words, "--nonsense"])
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_a_run_from_other_weights_is_described_in_their_shape(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = ["model.d_model=null", "model.n_layer=null"]
+    assert main(["describe", *OPTIONS, *shape, f"train.init_from={trained}"]) == 0
+    assert "2 blocks of d_model 16" in capsys.readouterr().out
 
 
 def test_generation_refuses_impossible_sampling(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

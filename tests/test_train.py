@@ -18,26 +18,12 @@ from mamba_pretrain.data.packing import n_windows
 from mamba_pretrain.distributed.engine import OPTIMIZER, StepResult
 from mamba_pretrain.distributed.env import EXIT_PREEMPTED, Preemption
 from mamba_pretrain.train import NonFiniteError, Recent, Saver, Step, only_run_in, run, steps
-from tests.helpers.corpora import make_dataset
 from tests.helpers.runs import finish, losses, records, small_config, start
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("data") / "dataset", n_documents=80)
-
-
-@pytest.fixture(scope="module")
-def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run, for others to be compared with."""
-    directory = tmp_path_factory.mktemp("runs") / "finished"
-    assert run(small_config(dataset, directory)) == 0
-    return directory
 
 
 def assert_same_run(found: Path, expected: Path, step: int = 12) -> None:

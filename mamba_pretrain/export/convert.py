@@ -90,7 +90,8 @@ def _write_native(pretrained: Pretrained, target: Path, overwrite: bool) -> None
     """A checkpoint without optimizer and training state. Keeps what the source knows of its own training."""
     # A configuration needs a length to be valid; a model from elsewhere was trained for one we do not know.
     run = pretrained.run or Config(model=pretrained.config, train=TrainConfig(steps=1))
-    facts = pretrained.facts | {"kind": "model", "from": pretrained.source_format, "tokenizer": pretrained.tokenizer}
+    origin = pretrained.facts.get("from", pretrained.source_format)
+    facts = pretrained.facts | {"kind": "model", "from": origin, "tokenizer": pretrained.tokenizer}
 
     def write_files(directory: Path) -> None:
         save_file(pretrained.weights, directory / checkpoint.MODEL)

@@ -92,7 +92,10 @@ def _read_native(directory: Path) -> Pretrained:
     _check_shapes(directory, weights, run.model)
     file, tokenizer = tokenizer_files.find(directory, manifest.get("tokenizer"))
     facts = {k: v for k, v in manifest.items() if k not in ("format", "version", "made_by", "files")}
-    return Pretrained(run.model, weights, formats.NATIVE, file, tokenizer, run, facts)
+    trained_here = (
+        facts.get("from", formats.NATIVE) == formats.NATIVE
+    )  # else its configuration says nothing of training
+    return Pretrained(run.model, weights, formats.NATIVE, file, tokenizer, run if trained_here else None, facts)
 
 
 def _read_foreign(directory: Path, form: str) -> Pretrained:
