@@ -92,9 +92,8 @@ def _read_native(directory: Path) -> Pretrained:
     _check_shapes(directory, weights, run.model)
     file, tokenizer = tokenizer_files.find(directory, manifest.get("tokenizer"))
     facts = {k: v for k, v in manifest.items() if k not in ("format", "version", "made_by", "files")}
-    trained_here = (
-        facts.get("from", formats.NATIVE) == formats.NATIVE
-    )  # else its configuration says nothing of training
+    # The configuration beside an imported model says nothing of how that model was trained.
+    trained_here = facts.get("from", formats.NATIVE) == formats.NATIVE
     return Pretrained(run.model, weights, formats.NATIVE, file, tokenizer, run if trained_here else None, facts)
 
 
