@@ -135,10 +135,7 @@ def test_a_terabyte_opens_with_four_numbers_read(tmp_path: Path) -> None:
     n, length = 10**9, 1000
     prefix = tmp_path / "train"
     with (tmp_path / "train.bin").open("wb") as stream:
-        try:
-            stream.truncate(2 * n * length)
-        except OSError as error:
-            pytest.skip(f"no sparse files of 2 TB here: {error}")
+        stream.truncate(2 * n * length)
     with (tmp_path / "train.idx").open("wb") as stream:
         stream.write(HEADER.pack(b"MMIDIDX\x00\x00", 1, 8, n, n + 1))
 
