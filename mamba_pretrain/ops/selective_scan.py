@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Steps whose states (B, E, N) are alive at once: the backward keeps the state before each chunk and recomputes the
-# others, so memory is (L / CHUNK + 4 CHUNK) x E x N and not several times L x E x N. Of 8, 16, 32 and 64 on two CPU
-# cores 8 and 16 are the fastest (a chunk stays in cache), and 8 keeps twice as many states.
+# others, so memory is (L / CHUNK + 4 CHUNK) x E x N and not several times L x E x N. Of 8, 16 and 32 on two CPU cores 8
+# and 16 are the fastest (a chunk stays in cache), and 8 keeps twice as many states.
 CHUNK = 16
 
 
