@@ -130,7 +130,7 @@ def _loss_sum(run: Run, batch: dict[str, Tensor]) -> Tensor:
     on_device = {k: v.to(run.device, non_blocking=True) for k, v in batch.items()}
     seq_idx = on_device["seq_idx"] if run.config.data.reset_documents else None
     with autocast(run.config.train.precision, run.device):
-        output: LMOutput = run.engine.module(on_device["input_ids"], on_device["labels"], seq_idx)
+        output: LMOutput = run.engine.module(on_device["input_ids"], on_device["labels"], seq_idx, return_state=False)
     assert output.loss_sum is not None, "labels were given"
     return output.loss_sum
 

@@ -216,7 +216,7 @@ def evaluate_windows(
             ids, labels, seq_idx = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
             tokens += int((labels != IGNORE).sum())
             documents = seq_idx.to(device) if reset_documents else None
-            nats += _sum(model(ids.to(device), labels.to(device), documents).loss_sum)
+            nats += _sum(model(ids.to(device), labels.to(device), documents, return_state=False).loss_sum)
     across = "documents reset" if reset_documents else "state flows across documents"
     return PerplexityResult(
         protocol=f"{count} of {available} windows of {seq_len} tokens, each from zero state, {across}, {precision}",

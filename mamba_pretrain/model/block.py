@@ -42,10 +42,13 @@ class Block(nn.Module):
         seq_idx_BL: Tensor | None = None,
         conv_state_BSE: Tensor | None = None,
         ssm_state_BEN: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns the mixer's output, the fp32 residual stream (both (B, L, D)), and the two states."""
+        return_state: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Returns the mixer's output, the fp32 residual stream (both (B, L, D)), and the two states, if wanted."""
         hidden_BLD, residual_BLD = self.norm(hidden_BLD, residual_BLD)
-        hidden_BLD, conv_state_BSE, ssm_state_BEN = self.mixer(hidden_BLD, seq_idx_BL, conv_state_BSE, ssm_state_BEN)
+        hidden_BLD, conv_state_BSE, ssm_state_BEN = self.mixer(
+            hidden_BLD, seq_idx_BL, conv_state_BSE, ssm_state_BEN, return_state
+        )
         return hidden_BLD, residual_BLD, conv_state_BSE, ssm_state_BEN
 
 

@@ -112,7 +112,7 @@ def _saved_by_block(model: ModelConfig, batch: int, length: int, precision: str)
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"),
         ):
-            block(hidden_BLD, hidden_BLD, seq_idx_BL)
+            block(hidden_BLD, hidden_BLD, seq_idx_BL, return_state=False)
         own = {id(p.untyped_storage()) for p in block.parameters()}
         return sum(s.nbytes() for key, s in storages.items() if key not in own)
 

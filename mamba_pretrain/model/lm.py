@@ -21,13 +21,13 @@ from mamba_pretrain.ops.cross_entropy import linear_cross_entropy
 
 class BackboneOutput(NamedTuple):
     last_hidden_state: Tensor  # (B, L, D) fp32, after the final norm
-    state: MambaState  # after the last position
+    state: MambaState | None  # after the last position; when it was wanted
 
 
 class LMOutput(NamedTuple):
     loss_sum: Tensor | None  # nats, summed over the target tokens; when labels were given
     logits: Tensor | None  # (B, L, padded V); when they were not
-    state: MambaState
+    state: MambaState | None  # after the last position; when it was wanted
 
 
 class Mamba(nn.Module):
@@ -65,13 +65,21 @@ class Mamba(nn.Module):
         return model
 
     def forward(
-        self, input_ids_BL: Tensor, seq_idx_BL: Tensor | None = None, state: MambaState | None = None
+        self,
+        input_ids_BL: Tensor,
+        seq_idx_BL: Tensor | None = None,
+        state: MambaState | None = None,
+        return_state: bool = True,
     ) -> BackboneOutput:
-        """`seq_idx` numbers the documents in each row (see ops.selective_scan); `state` continues an earlier text."""
+        """`seq_idx` numbers the documents in each row (see ops.selective_scan); `state` continues an earlier text.
+
+        Without `return_state` more kernels can run, and memory is saved.
+        """
         hidden_BLD, residual_BLD = self.embedding(input_ids_BL), None
         conv, ssm = [], []
         for i, block in enumerate(self.layers):
-            inputs = (hidden_BLD, residual_BLD, seq_idx_BL, *((state.conv[i], state.ssm[i]) if state else (None, None)))
+            states = (state.conv[i], state.ssm[i]) if state else (None, None)
+            inputs = (hidden_BLD, residual_BLD, seq_idx_BL, *states, return_state)
             if self.activation_checkpointing and self.training:
                 outputs = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -80,7 +88,7 @@ class Mamba(nn.Module):
             conv.append(conv_state)
             ssm.append(ssm_state)
         hidden_BLD, _ = self.norm_f(hidden_BLD, residual_BLD)
-        return BackboneOutput(hidden_BLD, MambaState(conv, ssm))
+        return BackboneOutput(hidden_BLD, MambaState(conv, ssm) if return_state else None)
 
 
 class MambaLM(nn.Module):
@@ -106,9 +114,10 @@ class MambaLM(nn.Module):
         labels_BL: Tensor | None = None,
         seq_idx_BL: Tensor | None = None,
         state: MambaState | None = None,
+        return_state: bool = True,
     ) -> LMOutput:
         """With labels (-100 where there is none) the summed loss, computed without all logits; else the logits."""
-        hidden_BLD, state = self.backbone(input_ids_BL, seq_idx_BL, state)
+        hidden_BLD, state = self.backbone(input_ids_BL, seq_idx_BL, state, return_state)
         if labels_BL is None:
             return LMOutput(None, F.linear(hidden_BLD, self.head_weight_VD), state)
         loss = linear_cross_entropy(hidden_BLD, self.head_weight_VD, labels_BL, self.config.need("vocab_size"))

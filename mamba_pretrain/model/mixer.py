@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_pretrain.config import ModelConfig
-from mamba_pretrain.ops.causal_conv1d import causal_conv1d
-from mamba_pretrain.ops.selective_scan import selective_scan
+from mamba_pretrain.ops.mamba_inner import mamba_inner
 
 
 class Mixer(nn.Module):
@@ -20,7 +18,6 @@ class Mixer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d_model, inner, rank = config.need("d_model"), config.d_inner, config.rank
-        self.rank, self.d_state = rank, config.d_state
         self.in_proj = nn.Linear(d_model, 2 * inner, bias=config.linear_bias)
         self.conv1d = nn.Conv1d(inner, inner, config.d_conv, groups=inner, bias=config.conv_bias)
         self.x_proj = nn.Linear(inner, rank + 2 * config.d_state, bias=False)
@@ -30,27 +27,29 @@ class Mixer(nn.Module):
         self.out_proj = nn.Linear(inner, d_model, bias=config.linear_bias)
 
     def forward(
-        self, hidden_BLD: Tensor, seq_idx_BL: Tensor | None, conv_state_BSE: Tensor | None, ssm_state_BEN: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the output (B, L, D) and the convolution's and the scan's state after the last step.
-
-        Matrix products run in the ambient autocast dtype. dt_proj's bias is added inside the scan, in fp32.
-        """
-        x_BLE, z_BLE = self.in_proj(hidden_BLD).chunk(2, dim=-1)
-        x_BLE, conv_state_BSE = causal_conv1d(
-            x_BLE, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx_BL, conv_state_BSE
-        )
-        delta_BLR, B_BLN, C_BLN = self.x_proj(x_BLE).split([self.rank, self.d_state, self.d_state], dim=-1)
-        y_BLE, ssm_state_BEN = selective_scan(
-            x_BLE,
-            F.linear(delta_BLR, self.dt_proj.weight),
-            -torch.exp(self.A_log),
-            B_BLN,
-            C_BLN,
-            self.D,
-            z_BLE,
+        self,
+        hidden_BLD: Tensor,
+        seq_idx_BL: Tensor | None,
+        conv_state_BSE: Tensor | None,
+        ssm_state_BEN: Tensor | None,
+        return_state: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns the output (B, L, D) and the convolution's and the scan's state after the last step, if wanted."""
+        return mamba_inner(
+            hidden_BLD,
+            self.in_proj.weight,
+            self.in_proj.bias,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
             self.dt_proj.bias,
+            -torch.exp(self.A_log),
+            self.D,
+            self.out_proj.weight,
+            self.out_proj.bias,
             seq_idx_BL,
+            conv_state_BSE,
             ssm_state_BEN,
+            return_state,
         )
-        return self.out_proj(y_BLE), conv_state_BSE, ssm_state_BEN

@@ -24,6 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mamba_pretrain.ops import dispatch
+from mamba_pretrain.ops.call import Call, expect, expect_floats
+
 # Steps whose states (B, E, N) are alive at once: the backward keeps the state before each chunk and recomputes the
 # others, so memory is (L / CHUNK + 4 CHUNK) x E x N and not several times L x E x N. Of 8, 16 and 32 on two CPU cores 8
 # and 16 are the fastest (a chunk stays in cache), and 8 keeps twice as many states.
@@ -41,15 +44,69 @@ def selective_scan(
     delta_bias_E: Tensor,
     seq_idx_BL: Tensor | None = None,
     initial_state_BEN: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_last_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Runs the recurrence above along L, from `initial_state` (zeros by default).
 
     Where `seq_idx`, which never falls along a row, differs from its value one step earlier a new document begins, and
     the state is zero before that step; `initial_state` belongs to the document of `seq_idx[:, 0]`. All arithmetic and
     the state are fp32 (float64 for float64 inputs), whatever the dtype of the inputs and under autocast.
 
-    Returns y (B, L, E) in the dtype of u, and the state after the last step (B, E, N); both are differentiable, once.
+    Returns y (B, L, E) in the dtype of u, and the state after the last step (B, E, N), or None if it is not wanted;
+    both are differentiable, once. Raises KernelError, naming the argument, for a wrong shape, dtype or device.
     """
+    batch, length, inner = u_BLE.shape
+    d_state = A_EN.shape[-1]
+    expect(
+        "selective_scan",
+        u_BLE.device,
+        delta=(delta_BLE, (batch, length, inner)),
+        A=(A_EN, (inner, d_state)),
+        B=(B_BLN, (batch, length, d_state)),
+        C=(C_BLN, (batch, length, d_state)),
+        D=(D_E, (inner,)),
+        z=(z_BLE, (batch, length, inner)),
+        delta_bias=(delta_bias_E, (inner,)),
+        seq_idx=(seq_idx_BL, (batch, length)),
+        initial_state=(initial_state_BEN, (batch, inner, d_state)),
+    )
+    expect_floats(
+        "selective_scan", u=u_BLE, delta=delta_BLE, A=A_EN, B=B_BLN, C=C_BLN, D=D_E, z=z_BLE, delta_bias=delta_bias_E
+    )
+    backend = dispatch.choose(
+        Call(
+            "selective_scan",
+            u_BLE.device.type,
+            u_BLE.dtype,
+            size=d_state,
+            packed=seq_idx_BL is not None,
+            initial_state=initial_state_BEN is not None,
+            last_state=return_last_state,
+            grad=torch.is_grad_enabled(),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+    )
+    scan = selective_scan_reference if backend is None else backend.selective_scan
+    y_BLE, last_BEN = scan(
+        u_BLE, delta_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, delta_bias_E, seq_idx_BL, initial_state_BEN, return_last_state
+    )
+    return y_BLE, last_BEN
+
+
+def selective_scan_reference(
+    u_BLE: Tensor,
+    delta_BLE: Tensor,
+    A_EN: Tensor,
+    B_BLN: Tensor,
+    C_BLN: Tensor,
+    D_E: Tensor,
+    z_BLE: Tensor,
+    delta_bias_E: Tensor,
+    seq_idx_BL: Tensor | None = None,
+    initial_state_BEN: Tensor | None = None,
+    return_last_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """The recurrence in PyTorch's own operations, on any device: what every backend is held against."""
     wide = torch.promote_types(u_BLE.dtype, torch.float32)
     with torch.autocast(u_BLE.device.type, enabled=False):
         wide_u_BLE = u_BLE.to(wide)
@@ -66,7 +123,7 @@ def selective_scan(
             else initial_state_BEN.to(wide),
         )
         y_BLE = (y_BLE + D_E.to(wide) * wide_u_BLE) * F.silu(z_BLE.to(wide))
-    return y_BLE.to(u_BLE.dtype), last_BEN
+    return y_BLE.to(u_BLE.dtype), last_BEN if return_last_state else None
 
 
 def _continues(seq_idx_BL: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,51 @@
+"""What a backend is told about a call before it runs it, and how a wrong argument is named."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class KernelError(ValueError):
+    """An argument an op cannot take, or a backend that was asked for by name and cannot run."""
+
+
+class Missing(NamedTuple):
+    """Why a backend does not work on this machine, and the command that mends it."""
+
+    reason: str
+    mend: str
+
+
+class Call(NamedTuple):
+    """All that a backend may look at to say that it cannot run a call. Hashable: decisions are kept."""
+
+    op: str
+    device: str  # type: cpu, cuda
+    dtype: torch.dtype  # of the activations
+    size: int = 0  # N of the scan, K of the convolution
+    packed: bool = False  # documents are numbered by seq_idx
+    initial_state: bool = False
+    last_state: bool = False  # the state after the last step is wanted
+    grad: bool = False  # a backward may follow
+    deterministic: bool = False  # torch.use_deterministic_algorithms is on
+
+
+def expect(op: str, device: torch.device, **arguments: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Raises KernelError, naming the argument, for a tensor of another shape or on another device than expected."""
+    for name, (tensor, shape) in arguments.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise KernelError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.device != device:
+            raise KernelError(f"{op}: {name} is on {tensor.device}, the other arguments are on {device}")
+
+
+def expect_floats(op: str, **arguments: Tensor | None) -> None:
+    """Raises KernelError, naming the argument, for a tensor that does not hold real floating-point numbers."""
+    for name, tensor in arguments.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise KernelError(f"{op}: {name} has dtype {tensor.dtype}, expected a floating-point dtype")

@@ -1,0 +1,106 @@
+"""Which backend runs an op, and why the faster ones do not.
+
+For each device the backends stand in one order, fastest first; the first that has no reason against a call runs it, and
+behind them stands the reference, which runs everything. Each decision is logged once with its reasons. A backend that
+was chosen by name (`train.kernels`, MAMBA_PRETRAIN_KERNELS) runs or the call fails: it is never replaced silently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+from mamba_pretrain.ops.backends import cuda, native, triton
+from mamba_pretrain.ops.call import Call, KernelError
+
+log = logging.getLogger("mamba_pretrain")
+
+# A backend is a module with NAME, OPS (the names of the functions in it that are ops), `missing() -> Missing | None`
+# (what this machine lacks, looked up once) and `refuses(call) -> str | None`.
+ORDER: dict[str, tuple[ModuleType, ...]] = {"cpu": (native,), "cuda": (cuda, triton)}
+REFERENCE = "reference"
+CHOICES = ("auto", native.NAME, cuda.NAME, triton.NAME, REFERENCE)
+
+_selected = os.environ.get("MAMBA_PRETRAIN_KERNELS", "auto")
+_decisions: dict[tuple[Call, str], ModuleType | None] = {}
+
+
+def select(name: str) -> str:
+    """From now on ops run on this backend only (`auto`: on the first that can). Returns what was selected before."""
+    global _selected
+    if name not in CHOICES:
+        raise KernelError(f"there are no kernels named {name!r}: expected one of {', '.join(CHOICES)}")
+    before, _selected = _selected, name
+    return before
+
+
+def selected() -> str:
+    return _selected
+
+
+@contextlib.contextmanager
+def using(name: str) -> Iterator[None]:
+    """`select` for the length of a with statement."""
+    before = select(name)
+    try:
+        yield
+    finally:
+        select(before)
+
+
+def choose(call: Call) -> ModuleType | None:
+    """The backend for a call; None stands for the reference. Raises KernelError if the selected one cannot run it."""
+    key = (call, _selected)
+    if key not in _decisions:
+        _decisions[key] = _decide(call)
+    return _decisions[key]
+
+
+def reasons(call: Call) -> dict[str, str | None]:
+    """For each backend of the call's device, in order: None if it can run the call, else why not."""
+    return {backend.NAME: _why_not(backend, call) for backend in ORDER.get(call.device, ())}
+
+
+def _why_not(backend: ModuleType, call: Call) -> str | None:
+    if call.op not in backend.OPS:
+        return f"has no {call.op}"
+    if (lack := backend.missing()) is not None:
+        return str(lack.reason)
+    refusal: str | None = backend.refuses(call)
+    return refusal
+
+
+def _decide(call: Call) -> ModuleType | None:
+    if _selected == REFERENCE:
+        return None
+    backends = [b for b in ORDER.get(call.device, ()) if _selected in ("auto", b.NAME)]
+    against: dict[str, str] = {}
+    for backend in backends:
+        why_not = _why_not(backend, call)
+        if why_not is None:
+            _say(call, backend.NAME, against)
+            return backend
+        against[backend.NAME] = why_not
+    # An op that the selected backend does not have at all is the reference's, or made of ops that it has.
+    if _selected != "auto" and not any(call.op not in b.OPS for b in backends):
+        why = against.get(_selected, f"it does not run on {call.device}")
+        raise KernelError(
+            f"{call.op}: the {_selected} kernels were selected, and cannot run this call: {why}. "
+            "Choose others with train.kernels, or MAMBA_PRETRAIN_KERNELS; `mamba-pretrain doctor` says what works here"
+        )
+    _say(call, REFERENCE, against)
+    return None
+
+
+_said: set[tuple[object, ...]] = set()
+
+
+def _say(call: Call, name: str, against: dict[str, str]) -> None:
+    line = (call.op, call.device, name, *against.items())
+    if line not in _said:
+        _said.add(line)
+        because = "".join(f"; {other}: {why}" for other, why in against.items())
+        log.info("%s on %s: %s kernels%s", call.op, call.device, name, because)
