@@ -31,6 +31,9 @@ class Call(NamedTuple):
     last_state: bool = False  # the state after the last step is wanted
     grad: bool = False  # a backward may follow
     deterministic: bool = False  # torch.use_deterministic_algorithms is on
+    channels: int = 0  # E
+    taps: int = 0  # K, where `size` is N
+    length: int = 2  # L, as far as it matters: 0, 1, or 2 for any more, so that decisions stay few
 
 
 def expect(op: str, device: torch.device, **arguments: tuple[Tensor | None, tuple[int, ...]]) -> None:

@@ -47,6 +47,9 @@ def mamba_inner(
             last_state=return_last_state,
             grad=torch.is_grad_enabled(),
             deterministic=torch.are_deterministic_algorithms_enabled(),
+            channels=A_EN.shape[0],
+            taps=conv_weight_EK.shape[1],
+            length=min(hidden_BLD.shape[1], 2),
         )
     )
     if backend is not None:

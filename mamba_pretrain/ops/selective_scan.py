@@ -84,6 +84,8 @@ def selective_scan(
             last_state=return_last_state,
             grad=torch.is_grad_enabled(),
             deterministic=torch.are_deterministic_algorithms_enabled(),
+            channels=inner,
+            length=min(length, 2),
         )
     )
     scan = selective_scan_reference if backend is None else backend.selective_scan
