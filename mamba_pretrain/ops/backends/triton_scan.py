@@ -9,7 +9,7 @@ gradients.
 Kept for the backward: the state at each chunk boundary, fp32. Made in the backward and freed there: the states before
 every PART steps, and the parts of the gradients that are sums over channels (B, C) or over rows and chunks (A, D,
 delta_bias). torch adds the parts up in a fixed order: nothing is added atomically, results are the same on every run.
-At N = 16 in bytes for each (step, channel), where an input in bf16 has 2: kept 1, freed 8 for the states, 2 each for B
+At N = 16 in bytes for each (step, channel), where an input in bf16 has 2: kept 1, freed 16 for the states, 2 each for B
 and C, 1 for A.
 
 Written without a GPU at hand: compiled for sm_80 and sm_90, run in Triton's interpreter. Block sizes come from the
@@ -33,9 +33,9 @@ from mamba_pretrain.ops.backends.triton_common import FUSED, blocks, on, power_o
 # enough for a large GPU at batch size 1, while the states between chunks stay half the size of an input in bf16.
 BLOCK_E = 32
 CHUNK = 64
-# States that the backward holds in registers. 8 x 16 of a thread's 255 registers, without spills; a step more or less
-# halves or doubles the states that it reads from memory.
-PART = 8
+# Steps whose states the backward holds in registers: 4 x 16 of a thread's 255. With 8 it would read half as many from
+# memory, and spill.
+PART = 4
 
 
 def selective_scan(

@@ -2,7 +2,11 @@
 
 A program holds the states [N, BLOCK_E] of BLOCK_E neighbouring channels and walks through time. With 32 channels and
 one warp for every 16 states, Triton's default layout gives each thread one channel: sums over N then need no other
-thread (N <= 16), and loads and stores of a step are coalesced. A arrives as (N, E), multiplied by log2(e).
+thread (N <= 16), and loads and stores of a step are coalesced.
+
+Whatever has a value for each state lies in tiles [BLOCK_N, BLOCK_E], one for each block X of channels: all addresses of
+a tile are one register plus constants, where (N, E) would cost two registers for every state. Padding is zero. A
+arrives in tiles too, multiplied by log2(e).
 """
 # mypy: allow-untyped-defs, allow-untyped-decorators
 # Triton types its kernels itself, from the arguments of a launch.
@@ -43,7 +47,7 @@ def ends_kernel(
     U, DELTA, A, B, BIAS, SEQ, END, TOTAL, L, E, u_b, u_l, delta_b, delta_l, b_b, b_l,
     N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """END (B, chunks, N, E): the state after each chunk had it begun with zeros. TOTAL (B, chunks, E): sum of Delta."""
+    """END (B, chunks) tiles: the state after each chunk had it begun with zeros. TOTAL (B, chunks, E): sum of Delta."""
     chunk, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     place = row * tl.num_programs(1) + chunk
     tile_at = (place * tl.num_programs(0) + tl.program_id(0)) * BLOCK_N * BLOCK_E
@@ -112,7 +116,7 @@ def outputs_kernel(
     U, DELTA, A, B, C, D, Z, BIAS, SEQ, STATE, Y, L, E, u_b, u_l, delta_b, delta_l, b_b, b_l, c_b, c_l, z_b, z_l,
     N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Y (B, L, E) from STATE (B, chunks, N, E), the state that comes into each chunk."""
+    """Y (B, L, E) from STATE (B, chunks) tiles, the state that comes into each chunk."""
     chunk, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     place = row * tl.num_programs(1) + chunk
     tile_at = (place * tl.num_programs(0) + tl.program_id(0)) * BLOCK_N * BLOCK_E
@@ -151,9 +155,9 @@ def forward_again_kernel(
 ):  # fmt: skip
     """All of the backward that needs the states in order.
 
-    DZ (B, L, E); DC (blocks, B, L, N) and DD (B, chunks, E), to be summed; WITHIN (B, chunks, CHUNK / PART, N, E): the
-    state before every PART steps; ADDED (B, chunks, N, E): what a chunk's outputs add to the gradient of the state that
-    came into it.
+    DZ (B, L, E); DC (blocks, B, L, N) and DD (B, chunks, E), to be summed; WITHIN (B, chunks, X, CHUNK / PART) tiles:
+    the state before every PART steps; ADDED (B, chunks) tiles: what a chunk's outputs add to the gradient of the state
+    that came into it.
     """
     chunk, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     place = row * tl.num_programs(1) + chunk
@@ -214,7 +218,7 @@ def backward_kernel(
 ):  # fmt: skip
     """g_t = C_t dy_t + decay_{t+1} g_{t+1} is the gradient of h_t; every gradient made here is a product with it.
 
-    G (B, chunks, N, E): what comes from later chunks. DU and DDELTA (B, L, E); DA (B, chunks, N, E), DB (blocks, B, L,
+    G (B, chunks) tiles: what comes from later chunks. DU and DDELTA (B, L, E); DA (B, chunks) tiles, DB (blocks, B, L,
     N) and DBIAS (B, chunks, E), to be summed.
     """
     chunk, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -251,7 +255,7 @@ def backward_kernel(
         h = tl.load(WITHIN + part * BLOCK_N * BLOCK_E + tile)
         # The state before each step and what the second loop reads of its inputs, in registers: both loops are
         # unrolled, and the first has no stores and no sums over threads, so that its loads can be under way together.
-        states, us, steps_, slopes, dys = (), (), (), (), ()
+        states, kept = (), ()
         for j in tl.static_range(PART):
             i = tl.minimum(part * PART + j, steps - 1)
             here = part * PART + j < steps  # a step behind the end is the last one once more, and changes nothing
@@ -259,19 +263,13 @@ def backward_kernel(
             before = _wide(DELTA + i * delta_l + e, real_e) + bias
             step = tl.where(here, _softplus(before), 0.0)
             dy = tl.where(here, _wide(DY + i * dy_l + e, real_e) * z * tl.sigmoid(z), 0.0)
-            states, us, steps_, slopes, dys = (
-                states + (h,),
-                us + (u,),
-                steps_ + (step,),
-                slopes + (tl.sigmoid(before),),
-                dys + (dy,),
-            )
+            states, kept = states + (h,), kept + ((u, step, tl.sigmoid(before), dy),)  # noqa: RUF005
             b = _wide(B + i * b_l + n, real_n)
             h = _decay(a, step, SEQ, tl.where(here, start + i, 0)) * h + (step * u)[None, :] * b[:, None]
         for j in tl.static_range(PART):
             i = tl.minimum(part * PART + PART - 1 - j, steps - 1)
             here = part * PART + PART - 1 - j < steps
-            u, step, slope, dy = us[PART - 1 - j], steps_[PART - 1 - j], slopes[PART - 1 - j], dys[PART - 1 - j]
+            u, step, slope, dy = kept[PART - 1 - j]
             b, c = _wide(B + i * b_l + n, real_n), _wide(C + i * c_l + n, real_n)
 
             g += c[:, None] * dy[None, :]
