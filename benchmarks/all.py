@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         codes.append(done.returncode)
     if options.json:
         (options.json / "report.md").write_text("\n".join(tables))
-    return max(codes)
+    return 1 if any(codes) else 0
 
 
 if __name__ == "__main__":

@@ -223,7 +223,9 @@ def arguments(name: str, doc: str, *, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument(
         "--rounds", type=int, default=rounds, help="how often the alternatives take turns (%(default)s)"
     )
-    parser.add_argument("--kernels", choices=CHOICES, default="auto", help="backend of our ops (%(default)s)")
+    parser.add_argument(
+        "--kernels", choices=CHOICES, default=dispatch.selected(), help="backend of our ops (%(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=None, help="of torch, on both sides (default: torch's own)")
     return parser
 
@@ -239,6 +241,8 @@ def begin(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
     dispatch.select(options.kernels)
     listen()
     KERNELS.clear()
+    if options.kernels != "auto":
+        KERNELS.add(f"{options.kernels} kernels, as was asked")
     given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     return options, Report(parser.prog.rpartition(".")[2], given)
 

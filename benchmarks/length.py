@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.common import AT_MOST, Figure, Task, arguments, begin, finish, take_turns
+from benchmarks.shapes import OVERRIDES
 from benchmarks.worker import Worker
 
 FLAT = 1.15
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--total-tokens", type=int, default=max(LENGTHS), help="in each step (%(default)s)")
     parser.add_argument("--layers", type=int, default=2, help="blocks (%(default)s)")
     parser.add_argument("--vocab", type=int, default=1024, help="default: %(default)s")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="other changes of the preset")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
     options, report = begin(parser, argv)
     total: int = options.total_tokens
     if wrong := [length for length in options.lengths if total % length]:

@@ -15,6 +15,7 @@ from mamba_pretrain.distributed.env import autocast
 from mamba_pretrain.distributed.single import SingleEngine
 from mamba_pretrain.model.lm import MambaLM
 
+OVERRIDES = "changes of the preset, before all options: model.n_layer=2"
 PRESETS = Path(__file__).parent.parent / "configs" / "pretrain"
 
 

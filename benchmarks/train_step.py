@@ -41,7 +41,7 @@ from benchmarks.common import (
     ratio,
     take_turns,
 )
-from benchmarks.shapes import TrainingStep, shape
+from benchmarks.shapes import OVERRIDES, TrainingStep, shape
 from benchmarks.worker import Answer, Worker, WorkerError
 
 SPEEDUP, OVER_PRODUCTS, MEMORY_SHARE = 12.0, 1.7, 0.5
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--peer-limit-s", type=float, default=600, help="for each of its steps (%(default)s)")
     parser.add_argument("--peer-memory-gib", type=float, default=None, help="it fails if it needs more (no limit)")
     parser.add_argument("--profile", action="store_true", help="print torch's profile of our step, and measure nothing")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes the preset, e.g. model.n_layer=2")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
     options, report = begin(parser, argv)
     report.columns = ["length", "what", "a step", "tokens", "times the products", "peak memory", "above its start"]
     if options.profile:
