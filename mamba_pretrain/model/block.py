@@ -21,7 +21,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BLD: Tensor, residual_BLD: Tensor | None) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(x_BLD, residual_BLD, self.weight, self.eps)
+        device = x_BLD.device.type
+        narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return add_rms_norm(x_BLD, residual_BLD, self.weight, self.eps, narrow)
 
 
 class Block(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Call(NamedTuple):
     op: str
     device: str  # type: cpu, cuda
     dtype: torch.dtype  # of the activations
-    size: int = 0  # N of the scan, K of the convolution
+    size: int = 0  # N of the scan, K of the convolution, D of the norm
     packed: bool = False  # documents are numbered by seq_idx
     initial_state: bool = False
     last_state: bool = False  # the state after the last step is wanted
@@ -34,6 +34,13 @@ class Call(NamedTuple):
     channels: int = 0  # E
     taps: int = 0  # K, where `size` is N
     length: int = 2  # L, as far as it matters: 0, 1, or 2 for any more, so that decisions stay few
+    few_rows: bool = False  # so few of them that a matrix had better be read row by row
+
+    @classmethod
+    def of(cls, op: str, activations: Tensor, **facts: Any) -> Call:
+        """A call on these activations, in the current modes of PyTorch."""
+        modes = {"grad": torch.is_grad_enabled(), "deterministic": torch.are_deterministic_algorithms_enabled()}
+        return cls(op, activations.device.type, activations.dtype, **modes, **facts)
 
 
 def expect(op: str, device: torch.device, **arguments: tuple[Tensor | None, tuple[int, ...]]) -> None:

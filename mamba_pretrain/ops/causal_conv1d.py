@@ -40,16 +40,13 @@ def causal_conv1d(
     )
     expect_floats("causal_conv1d", x=x_BLE, weight=weight_EK, bias=bias_E, initial_state=initial_state_BSE)
     backend = dispatch.choose(
-        Call(
+        Call.of(
             "causal_conv1d",
-            x_BLE.device.type,
-            x_BLE.dtype,
+            x_BLE,
             size=taps,
             packed=seq_idx_BL is not None,
             initial_state=initial_state_BSE is not None,
             last_state=return_last_state,
-            grad=torch.is_grad_enabled(),
-            deterministic=torch.are_deterministic_algorithms_enabled(),
             channels=inner,
             length=min(length, 2),
         )

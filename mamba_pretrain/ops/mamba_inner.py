@@ -11,6 +11,8 @@ from mamba_pretrain.ops.call import Call
 from mamba_pretrain.ops.causal_conv1d import causal_conv1d
 from mamba_pretrain.ops.selective_scan import selective_scan
 
+FEW_ROWS = 8  # with more rows a matrix product beats reading the matrix row by row
+
 
 def mamba_inner(
     hidden_BLD: Tensor,
@@ -37,16 +39,14 @@ def mamba_inner(
     products, takes all of it; otherwise it is composed here.
     """
     backend = dispatch.choose(
-        Call(
+        Call.of(
             "mamba_inner",
-            hidden_BLD.device.type,
-            hidden_BLD.dtype,
+            hidden_BLD,
             size=A_EN.shape[1],
             packed=seq_idx_BL is not None,
             initial_state=conv_state_BSE is not None or ssm_state_BEN is not None,
             last_state=return_last_state,
-            grad=torch.is_grad_enabled(),
-            deterministic=torch.are_deterministic_algorithms_enabled(),
+            few_rows=len(hidden_BLD) <= FEW_ROWS,
             channels=A_EN.shape[0],
             taps=conv_weight_EK.shape[1],
             length=min(hidden_BLD.shape[1], 2),

@@ -74,16 +74,13 @@ def selective_scan(
         "selective_scan", u=u_BLE, delta=delta_BLE, A=A_EN, B=B_BLN, C=C_BLN, D=D_E, z=z_BLE, delta_bias=delta_bias_E
     )
     backend = dispatch.choose(
-        Call(
+        Call.of(
             "selective_scan",
-            u_BLE.device.type,
-            u_BLE.dtype,
+            u_BLE,
             size=d_state,
             packed=seq_idx_BL is not None,
             initial_state=initial_state_BEN is not None,
             last_state=return_last_state,
-            grad=torch.is_grad_enabled(),
-            deterministic=torch.are_deterministic_algorithms_enabled(),
             channels=inner,
             length=min(length, 2),
         )
