@@ -68,12 +68,18 @@ def run(
     autocast: torch.dtype | None = None,
     last_state: bool = False,
     grad: bool = True,
+    device: str = "cpu",
 ) -> Result:
-    leaves = [None if x is None else x.detach().to(dtype).clone().requires_grad_(grad) for x in arguments]
+    leaves = [None if x is None else x.detach().to(device, dtype, copy=True).requires_grad_(grad) for x in arguments]
+    seq_idx = None if seq_idx is None else seq_idx.to(device)
     mode = contextlib.nullcontext() if grad else torch.no_grad()
-    with dispatch.using(kernels), stubs.autocast(autocast), mode:
+    if device == "cpu":
+        cast = stubs.autocast(autocast)
+    else:
+        cast = torch.autocast(device, autocast, enabled=autocast is not None)
+    with dispatch.using(kernels), cast, mode:
         found = mamba_inner(*leaves, seq_idx, return_last_state=last_state)  # type: ignore[arg-type]
-    outputs = {k: v for k, v in zip(("y", "conv_state", "ssm_state"), found, strict=True) if v is not None}
+    outputs = {k: v.cpu() for k, v in zip(("y", "conv_state", "ssm_state"), found, strict=True) if v is not None}
     if not grad:
         return Result(outputs, {})
     names = [name for name, x in zip(NAMES, leaves, strict=True) if x is not None]
@@ -88,4 +94,5 @@ def deviations(found: Result, due: Result) -> dict[str, float]:
     pairs |= {f"d{k}": (found.gradients[k], due.gradients[k]) for k in due.gradients}
     for name, (a, b) in pairs.items():
         assert a.shape == b.shape, name
-    return {k: ((a.double() - b.double()).abs().max() / b.double().abs().max()).item() for k, (a, b) in pairs.items()}
+    wide = {k: (a.double().cpu(), b.double().cpu()) for k, (a, b) in pairs.items()}
+    return {k: ((a - b).abs().max() / b.abs().max()).item() for k, (a, b) in wide.items()}

@@ -244,6 +244,20 @@ def extensions() -> dict[str, types.ModuleType]:
     return {"selective_scan_cuda": scan, "causal_conv1d_cuda": conv}
 
 
+@contextlib.contextmanager
+def interpreted_library() -> Iterator[None]:
+    """Triton's own functions for its interpreter, though triton may have been loaded without it before."""
+    import triton
+    import triton.language as tl
+
+    with contextlib.ExitStack() as stack:
+        for module in (tl, tl.standard):
+            for name, function in list(vars(module).items()):
+                if isinstance(function, triton.runtime.JITFunction):
+                    stack.enter_context(mock.patch.object(module, name, triton.jit(function.fn)))
+        yield
+
+
 _loaded: dict[str, types.ModuleType] = {}
 
 
@@ -252,10 +266,13 @@ def installed() -> Iterator[None]:
     """Within this, both packages can be imported and run; after it the modules are as they were, pinned or absent."""
     before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in PACKAGES}
     sys.modules.update(_loaded or extensions())
-    no_device = mock.patch("torch.cuda.device", lambda index: contextlib.nullcontext())
     try:
         # Triton's interpreter runs the one kernel of theirs that we call on a CPU; it is chosen when they are loaded.
-        with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1", "MAMBA_DETERMINISTIC": "1"}), no_device:
+        with (
+            mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1", "MAMBA_DETERMINISTIC": "1"}),
+            mock.patch("torch.cuda.device", lambda index: contextlib.nullcontext()),
+            interpreted_library(),
+        ):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of their triton kernels, that the settings above go together
                 import mamba_ssm.ops.selective_scan_interface

@@ -15,11 +15,12 @@ RELEASES = {"mamba-ssm": "2.3.2.post1", "causal-conv1d": "1.7.0"}
 EXTENSIONS = {"mamba-ssm": "selective_scan_cuda", "causal-conv1d": "causal_conv1d_cuda"}
 
 # FORCE: without it setup.py looks for a ready wheel on GitHub, and a machine without network fails there instead of
-# compiling. KEEP: releases after 2.3.2 build the scan only when asked to. The two pip options: in an isolated build
-# causal-conv1d would install another torch to compile against, and mamba-ssm depends on 170 MB that only Mamba-3 uses.
+# compiling. KEEP: releases after 2.3.2 build the scan only when asked to. In an isolated build causal-conv1d would
+# install another torch to compile against; mamba-ssm depends on 170 MB that only Mamba-3 uses; and pip takes a wheel
+# that it has built before for good, though it has no extension or is for another torch.
 PIP = (
     "MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE "
-    "pip install --no-build-isolation --no-deps"
+    "pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir"
 )
 NOTE = "CUDA_HOME must be the directory of the CUDA toolkit itself, of the CUDA release that torch was built with"
 
