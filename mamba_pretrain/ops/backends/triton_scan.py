@@ -140,7 +140,9 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BLE: Tensor | None, dlast_BEN: Tensor | None) -> tuple[Tensor | None, ...]:
-        u_BLE, delta_BLE, A_XNE, B_BLN, C_BLN, D_E, z_BLE, bias_E, seq_idx_BL, state_BGXNE, total_BGE = ctx.saved_tensors
+        u_BLE, delta_BLE, A_XNE, B_BLN, C_BLN, D_E, z_BLE, bias_E, seq_idx_BL, state_BGXNE, total_BGE = (
+            ctx.saved_tensors
+        )
         (batch, length, inner), d_state = u_BLE.shape, B_BLN.shape[2]
         n_chunks, n_blocks = total_BGE.shape[1], blocks(inner, BLOCK_E)
         dy_BLE = torch.zeros_like(u_BLE) if dy_BLE is None else rows(dy_BLE)

@@ -1,0 +1,73 @@
+"""What the Triton backend says about machines and calls, and that its kernels pass the compiler."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mamba_pretrain.ops.backends import triton as backend
+from mamba_pretrain.ops.call import Call
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_the_backend_loads_without_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from mamba_pretrain.ops.backends import triton\n"
+        "lack = triton.missing()\n"
+        "assert 'triton' in lack.reason and lack.mend.startswith('pip install'), lack"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_only_the_interpreter_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backend.missing.__wrapped__() is None
+    monkeypatch.delenv("TRITON_INTERPRET")
+    lack = backend.missing.__wrapped__()
+    assert lack is not None
+    assert "no CUDA device" in lack.reason
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (Call("selective_scan", "cuda", torch.bfloat16, size=256), None),
+        (Call("selective_scan", "cuda", torch.bfloat16, size=257), "256 states, 257"),
+        (Call("selective_scan", "cuda", torch.float64, size=16), "float64"),
+        (Call("causal_conv1d", "cuda", torch.float32, size=8, packed=True, initial_state=True, last_state=True), None),
+        (Call("causal_conv1d", "cuda", torch.float32, size=17), "16 taps, 17"),
+        (Call("add_rms_norm", "cuda", torch.bfloat16, size=2560, deterministic=True), None),
+    ],
+)
+def test_refusals_name_what_was_given(call: Call, reason: str | None) -> None:
+    said = backend.refuses(call)
+    assert said is None if reason is None else said is not None and reason in said
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_without_spilling(capability: int, tmp_path: Path) -> None:
+    """For A100 and H100, at N = 16 in bf16: a spilled register is a sign of block sizes too large."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.helpers.triton_compile", str(capability), "16", "bfloat16"],
+        cwd=ROOT,
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len({k["kernel"] for k in kernels}) == 9
+    assert [k for k in kernels if k["spilled"] > 0] == []
