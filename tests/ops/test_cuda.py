@@ -320,6 +320,13 @@ def test_a_refusal_reaches_the_caller() -> None:
         mixers.run(mixers.draw(Shape()), "cuda", last_state=True)
 
 
+def test_more_values_than_the_convolution_can_count_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "MAX_VALUES", 2 * 24 * 16)
+    for packed in (None, numbers(Shape())):
+        with pytest.raises(KernelError, match="channels are 768, expected fewer than 768"):
+            mixers.run(mixers.draw(Shape()), "cuda", packed)
+
+
 def functions() -> dict[str, tuple[Callable[..., Any], str]]:
     """What we call, and with which arguments; ours in the order of theirs where they are not named."""
     from causal_conv1d.causal_conv1d_interface import causal_conv1d_fn, causal_conv1d_update

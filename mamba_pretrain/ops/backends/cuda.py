@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_pretrain.ops.backends.cuda_packages import missing
-from mamba_pretrain.ops.call import Call
+from mamba_pretrain.ops.call import Call, KernelError
 
 __all__ = ["NAME", "OPS", "causal_conv1d", "mamba_inner", "missing", "refuses", "selective_scan"]
 
 NAME = "cuda"
 OPS = ("mamba_inner", "selective_scan", "causal_conv1d")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_VALUES = 2**32  # causal_conv1d multiplies strides in 32 bits, and would read elsewhere without a word
 
 
 def refuses(call: Call) -> str | None:
@@ -96,6 +97,7 @@ def mamba_inner(
             A_EN, D_E, out_weight_DE, out_bias_D, conv_state_BSE, ssm_state_BEN,
         )  # fmt: skip
         return (y_BLD, conv_state_BSE, ssm_state_BEN) if return_last_state else (y_BLD, None, None)
+    _expect_countable(batch * length * len(A_EN))
     hidden_MD = hidden_BLD.reshape(batch * length, -1)
     if seq_idx_BL is None and not return_last_state:
         from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn
@@ -198,6 +200,7 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor | None]:
     from causal_conv1d.causal_conv1d_interface import causal_conv1d_fn
 
+    _expect_countable(x_BLE.numel())
     dtype, taps = x_BLE.dtype, weight_EK.shape[1]
     number_BL = None if seq_idx_BL is None else _documents(seq_idx_BL).number
     initial_BES = None
@@ -352,6 +355,14 @@ def _documents(seq_idx_BL: Tensor) -> _Documents:
     found = _Documents(begins_BL.cumsum(1, dtype=torch.int32), begins_BL.flatten().nonzero().squeeze(1))
     _latest = weakref.ref(seq_idx_BL), version, found
     return found
+
+
+def _expect_countable(values: int) -> None:
+    if values >= MAX_VALUES:
+        raise KernelError(
+            f"cuda kernels: rows x steps x channels are {values}, expected fewer than {MAX_VALUES}. "
+            "Take a smaller train.micro_batch_size, or train.kernels=triton"
+        )
 
 
 def _steps_inside(weight_ED: Tensor, bias_E: Tensor | None, hidden_MD: Tensor) -> Tensor:
