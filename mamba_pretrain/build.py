@@ -20,12 +20,14 @@ from mamba_pretrain.data.packing import n_windows
 from mamba_pretrain.data.shards import Manifest, Shard, open_split, verify_up_to
 from mamba_pretrain.data.tokenizer import Tokenizer, dataset_tokenizer, load_tokenizer
 from mamba_pretrain.distributed.engine import Engine
-from mamba_pretrain.distributed.env import bf16_is_native, check_precision, resolve_device
+from mamba_pretrain.distributed.env import DTYPES, bf16_is_native, check_precision, resolve_device
 from mamba_pretrain.distributed.single import SingleEngine
 from mamba_pretrain.export.pretrained import Pretrained, read_pretrained
 from mamba_pretrain.model.describe import law_table
 from mamba_pretrain.model.law import audit
 from mamba_pretrain.model.lm import MambaLM
+from mamba_pretrain.ops import dispatch
+from mamba_pretrain.ops.selfcheck import self_check
 
 log = logging.getLogger("mamba_pretrain")
 
@@ -75,6 +77,7 @@ def build(config: Config) -> Run:
     """Raises ConfigError, ShardError, CheckpointError or LawError before anything is written."""
     device = resolve_device(config.train.device)
     check_precision(config.train.precision, device)
+    dispatch.select(config.train.kernels)
     if config.train.precision == "bf16" and not bf16_is_native(device):
         log.warning("this CPU has no bf16 matrix products: they are emulated, and train.precision=fp32 is faster")
     train, validation, manifest, tokenizer = _open_data(config)
@@ -102,9 +105,22 @@ def build(config: Config) -> Run:
     if resume_from is not None:
         _restore(run, resume_from)
     decay = config.optim.weight_decay
+    _announce_kernels(run)
     audit(model.named_parameters(), config.model, run.engine.decay_of, decay=decay, fresh=fresh)
     log.info("%s\n", law_table(model, run.engine.decay_of))
     return run
+
+
+def _announce_kernels(run: Run) -> None:
+    """Says what every op will run on and why. A GPU's kernels are held against the reference first: no test saw it."""
+    model, dtype = run.config.model, DTYPES[run.config.train.precision]
+    if run.device.type == "cuda":
+        for op, backend, error in self_check(run.device):
+            log.info("%s: the %s kernels agree with the reference to %.0e", op, backend, error)
+    packed = run.config.data.reset_documents
+    dispatch.announce(
+        run.device.type, dtype, d_state=model.d_state, taps=model.d_conv, inner=model.d_inner, packed=packed
+    )
 
 
 def _open_data(config: Config) -> tuple[Shard, Shard | None, Manifest, Tokenizer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -17,6 +18,7 @@ from mamba_pretrain.data.packing import n_windows
 from mamba_pretrain.data.shards import ShardError, open_split, verify_up_to
 from mamba_pretrain.data.tokenizer import TokenizerError, dataset_tokenizer, load_tokenizer
 from mamba_pretrain.distributed.env import EXIT_PREEMPTED, autocast, resolve_device
+from mamba_pretrain.doctor import examine
 from mamba_pretrain.evaluate.perplexity import EvaluationError, PerplexityResult, evaluate_documents, evaluate_windows
 from mamba_pretrain.evaluate.report import ReportError, plot_run
 from mamba_pretrain.export.convert import export_checkpoint, import_pretrained
@@ -25,9 +27,10 @@ from mamba_pretrain.export.pretrained import build_model, read_pretrained
 from mamba_pretrain.model.describe import describe
 from mamba_pretrain.model.generate import GenerationError, generate
 from mamba_pretrain.model.law import LawError
+from mamba_pretrain.ops.call import KernelError
 from mamba_pretrain.train import NonFiniteError, run
 
-EXIT_USER, EXIT_NONFINITE, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_UNHEALTHY, EXIT_USER, EXIT_NONFINITE, EXIT_INTERRUPTED = 1, 2, 3, 130
 USER_ERRORS = (
     ConfigError,
     ShardError,
@@ -38,6 +41,7 @@ USER_ERRORS = (
     LoaderError,
     EvaluationError,
     GenerationError,
+    KernelError,
     ReportError,
     ImportError,  # of an optional package; the message names the extra that holds it
 )
@@ -197,6 +201,15 @@ def _generate(arguments: argparse.Namespace) -> None:
     sys.stdout.write("\n")
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    report = examine()
+    print(json.dumps(report.to_json(), indent=1) if arguments.json else report)
+    failures = report.failures(tuple(arguments.require))
+    for failure in failures:
+        log.error("%s", failure)
+    return EXIT_UNHEALTHY if failures else 0
+
+
 def _config(arguments: argparse.Namespace) -> Config:
     return load(arguments.config, arguments.overrides)
 
@@ -311,6 +324,18 @@ def _parser() -> argparse.ArgumentParser:
     imported.add_argument("--from", dest="from_format", choices=("hf", "mamba_ssm"), help="default: found out")
     for sub in (export, imported):
         sub.add_argument("--overwrite", action="store_true", help="replace the target once the new one is complete")
+
+    doctor = command(
+        "doctor",
+        _doctor,
+        "Which kernels work on this machine, for each that does not the reason and the command that mends it, "
+        f"versions, CPU and GPU, and a check of parity and speed. Exit code {EXIT_UNHEALTHY} if a device has no fast kernels.",
+        "mamba-pretrain doctor --require cuda || exit 1",
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument(
+        "--require", action="append", default=[], choices=("native", "cuda", "triton"), help="fail unless these work"
+    )
 
     text = command(
         "generate",

@@ -163,6 +163,7 @@ class TrainConfig:
     activation_checkpointing: bool = False  # recompute each block in the backward: less memory, a third more FLOPs
     device: str = "auto"  # auto | cpu | cuda
     engine: str = "single"
+    kernels: str = "auto"  # native | cuda | triton | reference: those only; auto: the fastest that can run each op
     init_from: Optional[str] = None  # a Hugging Face or mamba_ssm directory whose weights the run starts from
     max_nonfinite: int = 10  # stop after this many skipped steps in a row
 

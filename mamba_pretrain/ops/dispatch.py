@@ -13,6 +13,8 @@ import os
 from collections.abc import Iterator
 from types import ModuleType
 
+import torch
+
 from mamba_pretrain.ops.backends import cuda, native, triton
 from mamba_pretrain.ops.call import Call, KernelError
 
@@ -23,14 +25,18 @@ log = logging.getLogger("mamba_pretrain")
 ORDER: dict[str, tuple[ModuleType, ...]] = {"cpu": (native,), "cuda": (cuda, triton)}
 REFERENCE = "reference"
 CHOICES = ("auto", native.NAME, cuda.NAME, triton.NAME, REFERENCE)
+COMPOSED = frozenset({"mamba_inner"})  # where no backend takes it whole, it is made of ops that are chosen in turn
 
-_selected = os.environ.get("MAMBA_PRETRAIN_KERNELS", "auto")
+_selected = "auto"
 _decisions: dict[tuple[Call, str], ModuleType | None] = {}
 
 
 def select(name: str) -> str:
-    """From now on ops run on this backend only (`auto`: on the first that can). Returns what was selected before."""
+    """From now on ops run on this backend only; `auto`: on MAMBA_PRETRAIN_KERNELS if that is set, else on the first
+    that can. Returns what was selected before."""
     global _selected
+    if name == "auto":
+        name = os.environ.get("MAMBA_PRETRAIN_KERNELS", "auto")
     if name not in CHOICES:
         raise KernelError(f"there are no kernels named {name!r}: expected one of {', '.join(CHOICES)}")
     before, _selected = _selected, name
@@ -84,8 +90,8 @@ def _decide(call: Call) -> ModuleType | None:
             _say(call, backend.NAME, against)
             return backend
         against[backend.NAME] = why_not
-    # An op that the selected backend does not have at all is the reference's, or made of ops that it has.
-    if _selected != "auto" and not any(call.op not in b.OPS for b in backends):
+    # An op that the selected backend does not have at all is the reference's.
+    if _selected != "auto" and call.op not in COMPOSED and all(call.op in b.OPS for b in backends):
         why = against.get(_selected, f"it does not run on {call.device}")
         raise KernelError(
             f"{call.op}: the {_selected} kernels were selected, and cannot run this call: {why}. "
@@ -95,12 +101,24 @@ def _decide(call: Call) -> ModuleType | None:
     return None
 
 
-_said: set[tuple[object, ...]] = set()
+def announce(device: str, dtype: torch.dtype, *, d_state: int, taps: int, inner: int, packed: bool) -> None:
+    """Logs, before the first step, what a model will be trained on, and why the rest of the backends do not run."""
+    sizes = {"causal_conv1d": taps, "selective_scan": d_state, "mamba_inner": d_state, "add_rms_norm": 1}
+    for op, size in sizes.items():
+        choose(Call(op, device, dtype, size=size, packed=packed, grad=True, channels=inner, taps=taps))
+
+
+_said: set[str] = set()
 
 
 def _say(call: Call, name: str, against: dict[str, str]) -> None:
-    line = (call.op, call.device, name, *against.items())
+    if call.op in COMPOSED and name == REFERENCE:
+        name = "composed of the ops below it"
+    line = f"{call.op} on {call.device}: {name}"
+    line += "".join(f"; {other}: {why}" for other, why in against.items())
     if line not in _said:
         _said.add(line)
-        because = "".join(f"; {other}: {why}" for other, why in against.items())
-        log.info("%s on %s: %s kernels%s", call.op, call.device, name, because)
+        log.info("%s", line)
+
+
+select("auto")
