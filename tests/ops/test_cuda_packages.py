@@ -90,7 +90,7 @@ def test_extensions_without_what_their_packages_import(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "causal_conv1d", None)
     reason, mend = reason_and_mend()
     assert reason.startswith("causal_conv1d.causal_conv1d_interface does not load: ModuleNotFoundError")
-    assert mend == "pip install 'mamba-pretrain[cuda]'"
+    assert mend == "pip install -e '.[cuda]', in the checkout"
 
 
 def test_nothing_is_missing_where_both_packages_work() -> None:

@@ -61,7 +61,7 @@ def missing() -> Missing | None:
         try:
             importlib.import_module(module)
         except Exception as error:
-            return Missing(f"{module} does not load: {_first_line(error)}", "pip install 'mamba-pretrain[cuda]'")
+            return Missing(f"{module} does not load: {_first_line(error)}", "pip install -e '.[cuda]', in the checkout")
     return None
 
 
