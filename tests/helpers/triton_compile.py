@@ -1,7 +1,7 @@
 """Compiles the Triton kernels as real calls launch them, for GPUs that need not be here; prints one JSON line each.
 
-Runs in a process of its own, `python -m tests.helpers.triton_compile 80 16 bfloat16` (compute capability, states,
-dtype), because the interpreter takes over the kernels of a process for good.
+Runs in a process of its own, `python -m tests.helpers.triton_compile 80 16 bfloat16 128` (compute capability,
+states, dtype, steps), because the interpreter takes over the kernels of a process for good.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 
 
 def compile_instead(capability: int) -> None:
-    """From now on a launch compiles its kernel, for the types and values of the launch's arguments, and runs nothing."""
+    """From now on a launch compiles its kernel, for the types and values of its arguments, and runs nothing."""
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
         options = {name: named.pop(name) for name in list(named) if name not in kernel.arg_names}
         signature, constants, attributes = {}, {}, {}
         for i, (name, value) in enumerate((dict(zip(kernel.arg_names, arguments, strict=False)) | named).items()):
-            if value is None or kernel.params[i].is_constexpr:
+            if (
+                value is None or (isinstance(value, int) and value == 1) or kernel.params[i].is_constexpr
+            ):  # launches take a 1 as known, too
                 signature[name], constants[name] = "constexpr", value
             elif isinstance(value, Tensor):
                 signature[name], attributes[i,] = POINTERS[value.dtype], [["tt.divisibility", 16]]
@@ -65,11 +67,11 @@ def ptxas(ptx: str, capability: int) -> dict[str, int]:
     }
 
 
-def main(capability: int, d_state: int, dtype: torch.dtype) -> None:
+def main(capability: int, d_state: int, dtype: torch.dtype, length: int) -> None:
     from mamba_pretrain.ops.backends import triton_conv, triton_norm, triton_scan
 
     compile_instead(capability)
-    batch, length, inner, taps = 2, 128, 64, 4
+    batch, inner, taps = 2, 64, 4
 
     def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, requires_grad=True)
@@ -91,4 +93,4 @@ def main(capability: int, d_state: int, dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3]), int(sys.argv[4]))

@@ -14,7 +14,7 @@ from tests.helpers import reference
 from tests.helpers.triton import DEVICE, assert_near, needs_gpu
 
 pytest.importorskip("triton")
-from mamba_pretrain.ops.backends.triton import causal_conv1d  # noqa: E402
+from mamba_pretrain.ops.backends.triton import causal_conv1d
 
 NAMES = ("x", "weight", "bias", "initial_state")
 

@@ -10,7 +10,7 @@ from tests.helpers import reference
 from tests.helpers.triton import DEVICE, assert_near, needs_gpu
 
 pytest.importorskip("triton")
-from mamba_pretrain.ops.backends.triton import add_rms_norm  # noqa: E402
+from mamba_pretrain.ops.backends.triton import add_rms_norm
 
 EPS = 1e-5
 NAMES = ("x", "weight", "residual")

@@ -4,7 +4,7 @@ The backward computes the sums before SiLU again instead of reading them: K^2 pr
 and dx pass through memory. The gradients of weight and bias are summed over a tile's steps in the kernel, and over
 tiles by torch in a fixed order.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # Triton types its kernels itself, from the arguments of a launch.
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def _tiles(x_EN: Tensor) -> Tensor:
     """(blocks, BLOCK_N, BLOCK_E), padded with zeros."""
     inner, d_state = x_EN.shape
     padded = F.pad(x_EN, (0, power_of_two(d_state) - d_state, 0, -inner % BLOCK_E))
-    return padded.unflatten(0, (-1, BLOCK_E)).transpose(1, 2).contiguous()
+    return padded.view(-1, BLOCK_E, padded.shape[1]).transpose(1, 2).contiguous()
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -149,7 +149,7 @@ class _Scan(torch.autograd.Function):
         dlast_BEN = None if dlast_BEN is None else dlast_BEN.contiguous()
 
         def part(*shape: int) -> Tensor:
-            return u_BLE.new_empty(shape, dtype=torch.float32)
+            return torch.empty(shape, dtype=torch.float32, device=u_BLE.device)
 
         dfirst_BEN = None if ctx.initial_dtype is None else part(batch, inner, d_state)
         du_BLE, ddelta_BLE, dz_BLE = (x.new_empty(batch, length, inner) for x in (u_BLE, delta_BLE, z_BLE))

@@ -8,7 +8,7 @@ Whatever has a value for each state lies in tiles [BLOCK_N, BLOCK_E], one for ea
 a tile are one register plus constants, where (N, E) would cost two registers for every state. Padding is zero. A
 arrives in tiles too, multiplied by log2(e).
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # Triton types its kernels itself, from the arguments of a launch.
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def carry_kernel(
     h = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     if FIRST is not None:
         h = _wide(FIRST + outer, real)
-    for i in range(0, chunks):
+    for i in range(chunks):
         chunk = i
         if REVERSE:
             chunk = chunks - 1 - i
@@ -261,9 +261,9 @@ def backward_kernel(
             here = part * PART + j < steps  # a step behind the end is the last one once more, and changes nothing
             u, z = _wide(U + i * u_l + e, real_e), _wide(Z + i * z_l + e, real_e)
             before = _wide(DELTA + i * delta_l + e, real_e) + bias
-            step = tl.where(here, _softplus(before), 0.0)
+            step, slope = tl.where(here, _softplus(before), 0.0), tl.sigmoid(before)
             dy = tl.where(here, _wide(DY + i * dy_l + e, real_e) * z * tl.sigmoid(z), 0.0)
-            states, kept = states + (h,), kept + ((u, step, tl.sigmoid(before), dy),)  # noqa: RUF005
+            states, kept = states + (h,), kept + ((u, step, slope, dy),)  # type: ignore[assignment]  # noqa: RUF005
             b = _wide(B + i * b_l + n, real_n)
             h = _decay(a, step, SEQ, tl.where(here, start + i, 0)) * h + (step * u)[None, :] * b[:, None]
         for j in tl.static_range(PART):
