@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -201,7 +202,7 @@ KERNELS: set[str] = set()
 
 class _Listen(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        if " kernels" in (line := record.getMessage()):
+        if re.match(r"\w+ on \w+: ", line := record.getMessage()):
             KERNELS.add(line)
 
 
