@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mamba_pretrain.ops.backends import native_build, native_ops  # noqa: F401  native_ops registers the ops
-from mamba_pretrain.ops.call import Call, Missing
+from mamba_pretrain.ops.call import Call, Missing, expect
 
 NAME = "native"
-OPS = ("selective_scan", "causal_conv1d", "add_rms_norm", "cross_entropy_", "mamba_inner")
+OPS = ("selective_scan", "causal_conv1d", "add_rms_norm", "cross_entropy_", "mamba_inner", "linear")
 
 _kernels = torch.ops.mamba_pretrain
 
@@ -37,8 +37,8 @@ def missing() -> Missing | None:
 def refuses(call: Call) -> str | None:
     if call.dtype == torch.float64:
         return "computes in fp32, the inputs are float64"
-    if call.op == "mamba_inner" and (call.length != 1 or call.grad or not call.few_rows):
-        return "takes a whole mixer only for one step of a few rows without gradients"
+    if call.op in ("mamba_inner", "linear") and (call.length != 1 or call.grad or not call.few_rows):
+        return "takes it only for one step of a few rows without gradients"
     return None
 
 
@@ -64,6 +64,7 @@ def selective_scan(
         None if initial_state_BEN is None else initial_state_BEN.float(),
         _starts(seq_idx_BL),
         return_last_state,
+        torch.is_grad_enabled(),
     )
     return y_BLE.to(u_BLE.dtype), last_BEN
 
@@ -100,8 +101,18 @@ def add_rms_norm(
 
 
 def cross_entropy_(logits_TV: Tensor, labels_T: Tensor, vocab_size: int, gradient: bool) -> Tensor:
-    loss_T: Tensor = _kernels.cross_entropy_(logits_TV, labels_T, vocab_size, gradient)
+    (kernel_TV,) = _one_dtype(logits_TV)
+    kernel_TV = kernel_TV.contiguous()
+    loss_T: Tensor = _kernels.cross_entropy_(kernel_TV, labels_T, vocab_size, gradient)
+    if gradient and kernel_TV is not logits_TV:
+        logits_TV.copy_(kernel_TV)
     return loss_T
+
+
+def linear(x_BLD: Tensor, weight_VD: Tensor) -> Tensor:
+    (weight_VD,) = _one_dtype(weight_VD)
+    y_BLV: Tensor = _kernels.linear(x_BLD.float(), weight_VD)
+    return y_BLV
 
 
 def mamba_inner(
@@ -123,8 +134,25 @@ def mamba_inner(
     return_last_state: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """One step; it begins no document of its own, so `seq_idx` has nothing to say."""
-    inner, taps = conv_weight_EK.shape
-    rows = len(hidden_BLD)
+    (inner, taps), state, rank = conv_weight_EK.shape, A_EN.shape[1], dt_weight_ER.shape[1]
+    rows, _, width = hidden_BLD.shape
+    expect(  # the kernel sees addresses only
+        "mamba_inner",
+        hidden_BLD.device,
+        in_weight=(in_weight_FD, (2 * inner, width)),
+        in_bias=(in_bias_F, (2 * inner,)),
+        conv_weight=(conv_weight_EK, (inner, taps)),
+        conv_bias=(conv_bias_E, (inner,)),
+        x_weight=(x_weight_PE, (rank + 2 * state, inner)),
+        dt_weight=(dt_weight_ER, (inner, rank)),
+        dt_bias=(dt_bias_E, (inner,)),
+        A=(A_EN, (inner, state)),
+        D=(D_E, (inner,)),
+        out_weight=(out_weight_DE, (width, inner)),
+        out_bias=(out_bias_D, (width,)),
+        conv_state=(conv_state_BSE, (rows, taps - 1, inner)),
+        ssm_state=(ssm_state_BEN, (rows, inner, state)),
+    )
 
     def wide(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.float()
@@ -181,8 +209,9 @@ class _Scan(torch.autograd.Function):
         first: Tensor | None,
         starts: Tensor | None,
         return_last_state: bool,
+        grad_enabled: bool,  # parameters ask for gradients even where none can be wanted
     ) -> tuple[Tensor, Tensor | None]:
-        keep = any(ctx.needs_input_grad)
+        keep = grad_enabled and any(ctx.needs_input_grad)
         y, last, kept = _kernels.scan_forward(u, delta, B, C, z, A, D, bias, first, starts, keep, return_last_state)
         if keep:
             ctx.save_for_backward(u, delta, B, C, z, A, D, bias, first, starts, kept)
@@ -197,7 +226,7 @@ class _Scan(torch.autograd.Function):
         du, ddelta, dB, dC, dz, dA, dD, dbias, dfirst = _kernels.scan_backward(
             dy, dlast, *inputs, starts, kept, first is not None
         )
-        return du, ddelta, dB, dC, dz, dA, dD, dbias, dfirst if first is not None else None, None, None
+        return du, ddelta, dB, dC, dz, dA, dD, dbias, dfirst if first is not None else None, None, None, None
 
 
 class _Conv(torch.autograd.Function):

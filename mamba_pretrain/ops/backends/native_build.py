@@ -35,6 +35,7 @@ ISA_FLAGS = {
     "portable": (),
 }
 COMPILE_TIMEOUT_S = 300
+CHOOSE_CACHE = "export MAMBA_PRETRAIN_CACHE=/a/writable/directory"
 
 
 class BuildError(RuntimeError):
@@ -58,8 +59,11 @@ def isa() -> str:
 
 def cache_directory() -> Path:
     if chosen := os.environ.get("MAMBA_PRETRAIN_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mamba_pretrain"
+        return Path(chosen).absolute()
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "mamba_pretrain"
+    except RuntimeError as error:
+        raise BuildError(f"no cache directory: {error}", CHOOSE_CACHE) from error
 
 
 def library_path(instructions: str) -> Path:
@@ -76,17 +80,14 @@ def load() -> ctypes.CDLL:
     """The kernels for this CPU, built if need be. Raises BuildError."""
     instructions = isa()
     path = library_path(instructions)
-    if not path.exists():
-        try:
+    try:
+        if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with _lock(path.parent):
                 if not path.exists():  # while this process waited, another has built it
                     _build(path, instructions)
-        except OSError as error:
-            raise BuildError(
-                f"cannot write {path.parent}: {error.strerror or error}",
-                "export MAMBA_PRETRAIN_CACHE=/a/writable/directory",
-            ) from error
+    except OSError as error:
+        raise BuildError(f"cannot write {path.parent}: {error.strerror or error}", CHOOSE_CACHE) from error
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -122,7 +123,9 @@ def _build(path: Path, instructions: str) -> None:
 
 def _run(*command: str) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_TIMEOUT_S)
+    except OSError as error:
+        raise BuildError(f"{command[0]} does not run: {error.strerror or error}", " ".join(command)) from error
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"{command[0]} took more than {COMPILE_TIMEOUT_S} s", " ".join(command)) from error
     if done.returncode != 0:

@@ -249,7 +249,7 @@ def _conv_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, first: Tenso
     "-> (Tensor, Tensor, Tensor, Tensor)",
     lambda dy, dlast, x, weight, bias, first, starts: (
         x.new_empty(x.shape),
-        torch.empty_like(weight),
+        weight.new_empty(weight.shape),
         weight.new_empty(weight.shape[0]),
         weight.new_empty(0 if first is None else first.shape),
     ),
@@ -302,7 +302,7 @@ def _norm_forward(
     lambda dy, dstream, weight, stream, scale, dtype, want_residual: (
         torch.empty_like(stream, dtype=dtype),
         stream.new_empty(stream.shape if want_residual else 0),
-        torch.empty_like(weight),
+        weight.new_empty(weight.shape),
     ),
 )
 def _norm_backward(
@@ -331,6 +331,9 @@ def _norm_backward(
     lambda logits, labels, vocab_size, gradient: logits.new_empty(len(logits), dtype=torch.float32),
 )
 def _cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int, gradient: bool) -> Tensor:
+    wrong = labels[((labels < 0) | (labels >= vocab_size)) & (labels != -100)]
+    if len(wrong):  # the kernel would read and write beside the row
+        raise IndexError(f"linear_cross_entropy: label {wrong[0].item()}, expected 0 to {vocab_size - 1} or -100")
     loss = logits.new_empty(len(logits), dtype=torch.float32)
     labels = labels.contiguous()
     arguments = LossArgs(*logits.shape, vocab_size, _threads(logits.numel()), gradient=gradient)
@@ -343,7 +346,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int, gradient: bo
     "mixer_step(Tensor? in_bias, Tensor? conv_bias, Tensor? out_bias, Tensor hidden, Tensor in_weight, "
     "Tensor x_weight, Tensor dt_weight, Tensor out_weight, Tensor conv_weight, Tensor dt_bias, Tensor A, Tensor D, "
     "Tensor conv_state, Tensor ssm_state) -> (Tensor, Tensor, Tensor)",
-    lambda i, c, o, hidden, *rest: (torch.empty_like(hidden), torch.empty_like(rest[-2]), torch.empty_like(rest[-1])),
+    lambda i, c, o, hidden, *rest: tuple(t.new_empty(t.shape) for t in (hidden, *rest[-2:])),
 )
 def _mixer_step(
     in_bias: Tensor | None, conv_bias: Tensor | None, out_bias: Tensor | None, hidden: Tensor, *tensors: Tensor
@@ -363,3 +366,16 @@ def _mixer_step(
     _fill(arguments, {**given, **{name: None if t is None else t.contiguous() for name, t in biases.items()}})
     _call("mixer_step", arguments, _half(in_weight))
     return out, given["new_conv_state"], given["new_ssm_state"]
+
+
+@_op(
+    "linear(Tensor x, Tensor weight) -> Tensor",
+    lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]),
+)
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    x, weight = x.contiguous(), weight.contiguous()
+    sizes = (x.shape[:-1].numel(), *weight.shape, _threads(weight.numel()))
+    pointers = (c_void_p(t.data_ptr()) for t in (weight, x, y))
+    native_build.load().mamba_linear(*pointers, *map(c_int64, sizes), int(_half(weight)))
+    return y

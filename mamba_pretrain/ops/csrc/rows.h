@@ -105,8 +105,8 @@ void cross_entropy(const LossArgs& a) {
     float tail = 0;
     for (i = 0; i + LANES <= V; i += LANES) sums += expv(load(row + i) - largest);
     for (; i < V; i++) tail += expv(splat(to_float(row[i]) - largest))[0];
-    const float log_sum = logv(splat(sum(sums) + tail))[0] + largest;
-    const float at_label = to_float(row[label]);
+    const float total = sum(sums) + tail, at_label = to_float(row[label]);
+    const float log_sum = (total == total ? logv(splat(total))[0] : total) + largest;  // logv takes no NaN
     a.loss[r] = log_sum - at_label;
     if (!a.gradient) continue;
     for (i = 0; i + LANES <= V; i += LANES) store(row + i, expv(load(row + i) - log_sum));

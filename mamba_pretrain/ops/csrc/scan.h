@@ -190,7 +190,7 @@ void scan_backward(const ScanArgs& a) {
 #pragma omp parallel num_threads(a.threads)
   {
     const int64_t of_group = GROUP / LANES * N;
-    vf *A2 = scratch(3 * of_group), *g = A2 + of_group, *dA = g + of_group;
+    vf *A2 = scratch(3 * of_group + N), *g = A2 + of_group, *dA = g + of_group, *h = dA + of_group;
     vf *dD = scratch(2 * GROUP / LANES), *dbias = dD + GROUP / LANES;
     vf *steps = scratch(6 * CHUNK), *dt = steps, *x = dt + CHUNK, *dy = x + CHUNK;
     vf *saved = scratch(2 * CHUNK * HALF), *dB = scratch(2 * CHUNK * N), *dC = dB + CHUNK * N;
@@ -213,7 +213,7 @@ void scan_backward(const ScanArgs& a) {
         memset(dB, 0, 2 * CHUNK * N * sizeof(vf));
         for (int64_t e = e0, k = 0, v = 0; e < e1; e += LANES, k += N, v++) {
           const int lanes = (int)min64(LANES, e1 - e);
-          const vf* h = (const vf*)(a.kept + ((b * chunks + c) * vectors + e / LANES) * N * LANES);
+          memcpy(h, a.kept + ((b * chunks + c) * vectors + e / LANES) * N * LANES, N * sizeof(vf));
           prepare<X>(a, b, t0, T, e, lanes, dt, x, r.y);
           for (int64_t t = 0; t < T; t++) {
             vf z = load(a.z.row<X>(b, t0 + t) + e, lanes);

@@ -135,6 +135,8 @@ INLINE vf exp2v(vf x, vf rest = vf{}) {  // 2^(x + rest), where rest is what rou
 constexpr float LOG2E = 0x1.715476p+0f, LOG2E_REST = 0x1.4ae0cp-26f;  // log2(e) in two floats
 
 INLINE vf expv(vf x) {
+  x = x < -120.0f ? splat(-120.0f) : x;  // further out e^x is the same zero or infinity,
+  x = x > 120.0f ? splat(120.0f) : x;    // and what rounding takes from y is no longer small
   vf y = x * LOG2E;
   return exp2v(y, (x * LOG2E - y) + x * LOG2E_REST);
 }
