@@ -144,7 +144,7 @@ def test_no_steps_leave_the_state_as_it_was() -> None:
     assert found["dinitial_state"].abs().min() > 0
 
 
-@pytest.mark.parametrize("delta", [-1e4, -80.0, -20.0, 20.0, 21.0, 80.0, 1e4])
+@pytest.mark.parametrize("delta", [-1e4, -80.0, -20.0, -10.0, 20.0, 21.0, 1e4])
 def test_extreme_step_sizes(delta: float) -> None:
     """Softplus neither overflows nor loses its tail: a huge step forgets all, a tiny one keeps the state."""
     inputs = draw(1, 7, 3, 4)
