@@ -44,7 +44,8 @@ class _Case(NamedTuple):
 
 
 def self_check(device: torch.device | str) -> list[Checked]:
-    """Every op with the backend that is chosen for it in fp32, with and without documents, gradients included.
+    """Every op with the backend that is chosen for it in fp32, with and without documents, gradients included, and a
+    step of decoding.
 
     Raises KernelError, naming op and backend, if one deviates or fails.
     """
@@ -53,11 +54,12 @@ def self_check(device: torch.device | str) -> list[Checked]:
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             for case in _cases(device):
                 backend = dispatch.choose(case.call)
                 key = case.call.op, dispatch.REFERENCE if backend is None else backend.NAME
-                error = 0.0 if backend is None else _deviation(case, backend)
+                with torch.set_grad_enabled(case.call.grad):
+                    error = 0.0 if backend is None else _deviation(case, backend)
                 worst[key] = max(error, worst.get(key, 0.0))
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -90,7 +92,7 @@ def _deviation(case: _Case, backend: ModuleType) -> float:
 
 def _results(function: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Tensor]:
     """The outputs by number, what was written into arguments, and the gradients of a sum of squares."""
-    given = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+    given = [x.clone() if isinstance(x, Tensor) else x for x in arguments]  # without gradients if they are off
     leaves = {i: x for i, x in enumerate(given) if isinstance(x, Tensor) and x.requires_grad}
     outputs = function(*given)
     outputs = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if x is not None]
@@ -137,6 +139,10 @@ def _cases(device: torch.device) -> Iterator[_Case]:
         scan = (normal(E, R, scale=0.6), dt_bias_E, A_EN, D_E)
         mixer = (normal(B, L, D), *projections, *scan, normal(D, E, scale=0.2), None, seq_idx_BL, None, None, False)
         yield _Case(call("mamba_inner", N, packed, taps=K), _composed, mixer)
+        if not packed:
+            states = (normal(B, K - 1, E, grad=False), normal(B, E, N, grad=False))
+            step = call("mamba_inner", N, taps=K)._replace(initial_state=True, last_state=True, grad=False, length=1)
+            yield _Case(step, _composed, (normal(B, 1, D, grad=False), *mixer[1:-4], None, *states, True))
     for residual_BLD in (None, normal(B, L, D)):
         norm = (normal(B, L, D), residual_BLD, normal(D), 1e-5, torch.float32)
         yield _Case(call("add_rms_norm", D), add_rms_norm_reference, norm)

@@ -21,6 +21,7 @@ from mamba_pretrain.ops import selective_scan as scan_module
 from mamba_pretrain.ops.backends import cuda
 from mamba_pretrain.ops.call import Call, KernelError
 from mamba_pretrain.ops.mamba_inner import mamba_inner
+from mamba_pretrain.ops.selfcheck import self_check
 from tests.helpers import mixers, reference, stubs
 from tests.helpers.mixers import Shape
 
@@ -325,6 +326,12 @@ def test_more_values_than_the_convolution_can_count_are_refused(monkeypatch: pyt
     for packed in (None, numbers(Shape())):
         with pytest.raises(KernelError, match="channels are 768, expected fewer than 768"):
             mixers.run(mixers.draw(Shape()), "cuda", packed)
+
+
+def test_self_check_at_start_up() -> None:
+    found = {checked.op: checked.backend for checked in self_check("cpu")}
+    assert {op for op, backend in found.items() if backend == "cuda"} == set(cuda.OPS)
+    assert {"conv_update", "scan_bwd", "conv_bwd"} <= set(stubs.calls)
 
 
 def functions() -> dict[str, tuple[Callable[..., Any], str]]:
