@@ -1,19 +1,39 @@
 """Where the Triton kernels run in tests: on a GPU if there is one, else in Triton's interpreter.
 
-To be imported before anything that imports triton: the interpreter takes over when kernels are defined.
+The interpreter takes over kernels when they are defined, Triton's own among them. Other packages may have loaded triton
+by then, so it is loaded once more here. The variable stands only while these tests run: others ask what a machine
+without it can do.
 """
 
 from __future__ import annotations
 
-import os
+import importlib
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 if DEVICE == "cpu":
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        for name in [m for m in sys.modules if m.split(".")[0] == "triton" and not m.startswith("triton._C")]:
+            del sys.modules[name]
+        pytest.importorskip("triton")
+        for name in ("triton_scan", "triton_conv", "triton_norm"):
+            importlib.import_module(f"mamba_pretrain.ops.backends.{name}")
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """To be imported by every module that runs kernels."""
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    yield
+
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 

@@ -9,12 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mamba_pretrain.ops.backends.triton import causal_conv1d
 from mamba_pretrain.ops.causal_conv1d import causal_conv1d_reference
 from tests.helpers import reference
-from tests.helpers.triton import DEVICE, assert_near, needs_gpu
-
-pytest.importorskip("triton")
-from mamba_pretrain.ops.backends.triton import causal_conv1d
+from tests.helpers.triton import DEVICE, assert_near, interpreted, needs_gpu  # noqa: F401
 
 NAMES = ("x", "weight", "bias", "initial_state")
 

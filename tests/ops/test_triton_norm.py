@@ -6,11 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import reference
-from tests.helpers.triton import DEVICE, assert_near, needs_gpu
-
-pytest.importorskip("triton")
 from mamba_pretrain.ops.backends.triton import add_rms_norm
+from tests.helpers import reference
+from tests.helpers.triton import DEVICE, assert_near, interpreted, needs_gpu  # noqa: F401
 
 EPS = 1e-5
 NAMES = ("x", "weight", "residual")

@@ -12,13 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mamba_pretrain.ops.selective_scan import selective_scan_reference
-from tests.helpers import reference
-from tests.helpers.triton import DEVICE, assert_near, needs_gpu
-
-pytest.importorskip("triton")
 from mamba_pretrain.ops.backends import triton_scan
 from mamba_pretrain.ops.backends.triton import selective_scan
+from mamba_pretrain.ops.selective_scan import selective_scan_reference
+from tests.helpers import reference
+from tests.helpers.triton import DEVICE, assert_near, interpreted, needs_gpu  # noqa: F401
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 WITH_LENGTH = (0, 1, 3, 4, 6)
