@@ -38,6 +38,7 @@ from benchmarks.common import (
 )
 from benchmarks.peers import hugging_face
 from benchmarks.shapes import OVERRIDES, shape
+from mamba_pretrain.distributed.env import settle_cpu_memory
 from mamba_pretrain.model.generate import generate
 from mamba_pretrain.model.lm import MambaLM
 
@@ -189,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--prefill", type=int, default=4096, help="prompt whose reading is timed; 0: none (%(default)s)"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+    settle_cpu_memory()  # as the generate command does; both sides have it
     options, report = begin(parser, argv)
     report.columns = ["what", "tokens", "times the fastest peer"]
     model = MambaLM(shape(options.preset, 512, 1, options.overrides).model, seed=0).eval()

@@ -9,6 +9,7 @@ import shutil
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,21 +145,27 @@ def _cpu() -> dict[str, Any]:
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
     except OSError:
         model = None
-    try:
-        instructions = native_build.isa()
-        library = native_build.library_path(instructions)
-        compiler = native_build.compiler()
-    except native_build.BuildError as error:
-        return {"model": model or platform.processor(), "native kernels": str(error)}
     return {
         "model": model or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "instructions": instructions,
+        "instructions": _or_reason(native_build.isa),
         "bf16 products": "native" if bf16_is_native(torch.device("cpu")) else "emulated",
-        "compiler": _first_line([compiler, "--version"]),
-        "native kernels": f"{library}{'' if library.exists() else ' (not built)'}",
+        "compiler": _or_reason(lambda: _first_line([native_build.compiler(), "--version"])),
+        "native kernels": _or_reason(_library),
     }
+
+
+def _library() -> str:
+    path = native_build.library_path(native_build.isa())
+    return f"{path}{'' if path.exists() else ' (not built)'}"
+
+
+def _or_reason(fact: Callable[[], str]) -> str:
+    try:
+        return fact()
+    except (native_build.BuildError, OSError) as error:
+        return str(error)
 
 
 def _gpu() -> dict[str, Any]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamba_pretrain.model.block import MambaState
 from mamba_pretrain.model.lm import MambaLM
+from mamba_pretrain.ops.decode import decode_step
 
 # Prompt tokens read at once: their activations, not the prompt's, bound the memory of the prefill.
 PREFILL_TOKENS = 2048
@@ -79,6 +82,9 @@ def _tokens(
 ) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
     device = model.head_weight_VD.device
+    if torch.is_autocast_enabled(device.type):
+        model = _narrowed(model, torch.get_autocast_dtype(device.type))
+    step = _stepper(model)
     logits_V, state = _prefill(model, torch.tensor(prompt_ids, device=device))
     for count in range(1, max_tokens + 1):
         token = _sample(logits_V[:vocab_size].float().cpu(), temperature, top_k, top_p, generator)
@@ -86,7 +92,7 @@ def _tokens(
             return
         yield token
         if count < max_tokens:
-            logits_BV, state = model.step(torch.tensor([token], device=device), state)
+            logits_BV, state = step(torch.tensor([token], device=device), state)
             logits_V = logits_BV[0]
 
 
@@ -99,8 +105,37 @@ def _prefill(model: MambaLM, prompt_L: Tensor) -> tuple[Tensor, MambaState]:
     return F.linear(hidden_BLD[0, -1], model.head_weight_VD), state
 
 
+def _stepper(model: MambaLM) -> Callable[[Tensor, MambaState], tuple[Tensor, MambaState]]:
+    """`model.step`, on a backend's kernel for it where there is one."""
+    kernel = decode_step(model.decode_weights())
+    if kernel is None:
+        return model.step
+
+    def step(token_B: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        logits_BV, conv, ssm = kernel(token_B, state.conv, state.ssm)
+        return logits_BV, MambaState(conv, ssm)
+
+    return step
+
+
+def _narrowed(model: MambaLM, dtype: torch.dtype) -> MambaLM:
+    """The model with its matrices in `dtype`, as autocast would round them at every step; the rest is shared.
+
+    Reading the matrices is most of a step's cost. Embeddings are looked up in fp32, as under autocast: the head gets a
+    matrix of its own.
+    """
+    weights = dict(model.named_parameters()) | {"lm_head.weight": model.head_weight_VD}
+    for name, weight in weights.items():
+        if name.endswith(("proj.weight", "lm_head.weight")):
+            weights[name] = nn.Parameter(weight.to(dtype), requires_grad=False)
+    with torch.device("meta"):
+        narrow = MambaLM(dataclasses.replace(model.config, tie_embeddings=False))
+    narrow.load_state_dict(weights, assign=True)
+    return narrow.train(model.training)
+
+
 def _sample(logits_V: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
-    if not torch.isfinite(logits_V).all():
+    if not math.isfinite(logits_V.sum().item()) and not torch.isfinite(logits_V).all():  # the sum costs a tenth
         raise GenerationError("the logits are not finite: the weights are damaged, or the model needs bf16 or fp32")
     if temperature == 0:
         return int(logits_V.argmax())

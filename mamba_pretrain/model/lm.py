@@ -7,7 +7,8 @@ other. Shape suffixes: see `mamba_pretrain.ops`.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from mamba_pretrain.config import VARIANTS, ConfigError, ModelConfig
 from mamba_pretrain.model.block import Block, MambaState, RMSNorm
 from mamba_pretrain.model.law import initialize
+from mamba_pretrain.ops.call import BlockWeights, ModelWeights
 from mamba_pretrain.ops.cross_entropy import linear_cross_entropy
 
 
@@ -127,3 +129,14 @@ class MambaLM(nn.Module):
         """One token for each row: logits (B, padded V) of the next, and the new state. Constant time and memory."""
         _, logits_B1V, state = self(token_B[:, None], state=state)
         return logits_B1V[:, 0], state
+
+    def decode_weights(self) -> ModelWeights:
+        """What `ops.decode` needs."""
+        blocks = [
+            BlockWeights(block.norm.weight, *block.mixer.weights())
+            for block in cast(Iterable[Block], self.backbone.layers)
+        ]
+        norm_f = self.backbone.norm_f
+        return ModelWeights(
+            self.backbone.embedding.weight, blocks, norm_f.weight, self.head_weight_VD, self.config.norm_eps
+        )

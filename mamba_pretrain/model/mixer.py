@@ -36,7 +36,16 @@ class Mixer(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Returns the output (B, L, D) and the convolution's and the scan's state after the last step, if wanted."""
         return mamba_inner(
-            hidden_BLD,
+            hidden_BLD, *self.weights(), seq_idx_BL, conv_state_BSE, ssm_state_BEN, return_last_state=return_state
+        )
+
+    def weights(
+        self,
+    ) -> tuple[
+        Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None
+    ]:
+        """The parameters in the order in which `ops` takes them, A in place of its logarithm."""
+        return (
             self.in_proj.weight,
             self.in_proj.bias,
             self.conv1d.weight.squeeze(1),
@@ -48,8 +57,4 @@ class Mixer(nn.Module):
             self.D,
             self.out_proj.weight,
             self.out_proj.bias,
-            seq_idx_BL,
-            conv_state_BSE,
-            ssm_state_BEN,
-            return_state,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,13 +35,39 @@ class Call(NamedTuple):
     channels: int = 0  # E
     taps: int = 0  # K, where `size` is N
     length: int = 2  # L, as far as it matters: 0, 1, or 2 for any more, so that decisions stay few
-    few_rows: bool = False  # so few of them that a matrix had better be read row by row
 
     @classmethod
     def of(cls, op: str, activations: Tensor, **facts: Any) -> Call:
         """A call on these activations, in the current modes of PyTorch."""
         modes = {"grad": torch.is_grad_enabled(), "deterministic": torch.are_deterministic_algorithms_enabled()}
         return cls(op, activations.device.type, activations.dtype, **modes, **facts)
+
+
+class BlockWeights(NamedTuple):
+    """Of one block, in the order in which `mamba_inner` takes them, after the norm before it."""
+
+    norm: Tensor  # (D)
+    in_weight: Tensor  # (2 E, D)
+    in_bias: Tensor | None  # (2 E)
+    conv_weight: Tensor  # (E, K)
+    conv_bias: Tensor | None  # (E)
+    x_weight: Tensor  # (R + 2 N, E)
+    dt_weight: Tensor  # (E, R)
+    dt_bias: Tensor  # (E)
+    A: Tensor  # (E, N)
+    D: Tensor  # (E)
+    out_weight: Tensor  # (D, E)
+    out_bias: Tensor | None  # (D)
+
+
+class ModelWeights(NamedTuple):
+    """Of a language model."""
+
+    embedding: Tensor  # (V, D)
+    blocks: Sequence[BlockWeights]
+    norm: Tensor  # (D)
+    head: Tensor  # (V, D)
+    eps: float
 
 
 def expect(op: str, device: torch.device, **arguments: tuple[Tensor | None, tuple[int, ...]]) -> None:

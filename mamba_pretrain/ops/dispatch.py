@@ -27,7 +27,8 @@ REFERENCE = "reference"
 CHOICES = ("auto", native.NAME, cuda.NAME, triton.NAME, REFERENCE)
 COMPOSED = frozenset({"mamba_inner"})  # where no backend takes it whole, it is made of ops that are chosen in turn
 
-_selected = "auto"
+# An unknown name in the environment is refused at the first use: importing must not fail.
+_selected = os.environ.get("MAMBA_PRETRAIN_KERNELS", "auto")
 _decisions: dict[tuple[Call, str], ModuleType | None] = {}
 
 
@@ -37,10 +38,14 @@ def select(name: str) -> str:
     global _selected
     if name == "auto":
         name = os.environ.get("MAMBA_PRETRAIN_KERNELS", "auto")
+    before, _selected = _selected, _known(name)
+    return before
+
+
+def _known(name: str) -> str:
     if name not in CHOICES:
         raise KernelError(f"there are no kernels named {name!r}: expected one of {', '.join(CHOICES)}")
-    before, _selected = _selected, name
-    return before
+    return name
 
 
 def selected() -> str:
@@ -80,7 +85,7 @@ def _why_not(backend: ModuleType, call: Call) -> str | None:
 
 
 def _decide(call: Call) -> ModuleType | None:
-    if _selected == REFERENCE:
+    if _known(_selected) == REFERENCE:
         return None
     backends = [b for b in ORDER.get(call.device, ()) if _selected in ("auto", b.NAME)]
     against: dict[str, str] = {}
@@ -119,6 +124,3 @@ def _say(call: Call, name: str, against: dict[str, str]) -> None:
     if line not in _said:
         _said.add(line)
         log.info("%s", line)
-
-
-select("auto")

@@ -11,8 +11,6 @@ from mamba_pretrain.ops.call import Call
 from mamba_pretrain.ops.causal_conv1d import causal_conv1d
 from mamba_pretrain.ops.selective_scan import selective_scan
 
-FEW_ROWS = 8  # with more rows a matrix product beats reading the matrix row by row
-
 
 def mamba_inner(
     hidden_BLD: Tensor,
@@ -46,7 +44,6 @@ def mamba_inner(
             packed=seq_idx_BL is not None,
             initial_state=conv_state_BSE is not None or ssm_state_BEN is not None,
             last_state=return_last_state,
-            few_rows=len(hidden_BLD) <= FEW_ROWS,
             channels=A_EN.shape[0],
             taps=conv_weight_EK.shape[1],
             length=min(hidden_BLD.shape[1], 2),

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mamba_pretrain.ops.backends import native_build, native_ops  # noqa: F401  native_ops registers the ops
-from mamba_pretrain.ops.call import Call, Missing, expect
+from mamba_pretrain.ops.backends.native_decode import DecodeStep
+from mamba_pretrain.ops.call import Call, Missing, ModelWeights
 
 NAME = "native"
-OPS = ("selective_scan", "causal_conv1d", "add_rms_norm", "cross_entropy_", "mamba_inner", "linear")
+OPS = ("selective_scan", "causal_conv1d", "add_rms_norm", "cross_entropy_", "decode_step")
 
 _kernels = torch.ops.mamba_pretrain
 
@@ -37,8 +38,8 @@ def missing() -> Missing | None:
 def refuses(call: Call) -> str | None:
     if call.dtype == torch.float64:
         return "computes in fp32, the inputs are float64"
-    if call.op in ("mamba_inner", "linear") and (call.length != 1 or call.grad or not call.few_rows):
-        return "takes it only for one step of a few rows without gradients"
+    if call.op == "decode_step" and call.dtype not in (torch.float32, torch.bfloat16):
+        return f"takes matrices in fp32 and bf16, these are {call.dtype}"
     return None
 
 
@@ -109,73 +110,8 @@ def cross_entropy_(logits_TV: Tensor, labels_T: Tensor, vocab_size: int, gradien
     return loss_T
 
 
-def linear(x_BLD: Tensor, weight_VD: Tensor) -> Tensor:
-    (weight_VD,) = _one_dtype(weight_VD)
-    y_BLV: Tensor = _kernels.linear(x_BLD.float(), weight_VD)
-    return y_BLV
-
-
-def mamba_inner(
-    hidden_BLD: Tensor,
-    in_weight_FD: Tensor,
-    in_bias_F: Tensor | None,
-    conv_weight_EK: Tensor,
-    conv_bias_E: Tensor | None,
-    x_weight_PE: Tensor,
-    dt_weight_ER: Tensor,
-    dt_bias_E: Tensor,
-    A_EN: Tensor,
-    D_E: Tensor,
-    out_weight_DE: Tensor,
-    out_bias_D: Tensor | None,
-    seq_idx_BL: Tensor | None = None,
-    conv_state_BSE: Tensor | None = None,
-    ssm_state_BEN: Tensor | None = None,
-    return_last_state: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """One step; it begins no document of its own, so `seq_idx` has nothing to say."""
-    (inner, taps), state, rank = conv_weight_EK.shape, A_EN.shape[1], dt_weight_ER.shape[1]
-    rows, _, width = hidden_BLD.shape
-    expect(  # the kernel sees addresses only
-        "mamba_inner",
-        hidden_BLD.device,
-        in_weight=(in_weight_FD, (2 * inner, width)),
-        in_bias=(in_bias_F, (2 * inner,)),
-        conv_weight=(conv_weight_EK, (inner, taps)),
-        conv_bias=(conv_bias_E, (inner,)),
-        x_weight=(x_weight_PE, (rank + 2 * state, inner)),
-        dt_weight=(dt_weight_ER, (inner, rank)),
-        dt_bias=(dt_bias_E, (inner,)),
-        A=(A_EN, (inner, state)),
-        D=(D_E, (inner,)),
-        out_weight=(out_weight_DE, (width, inner)),
-        out_bias=(out_bias_D, (width,)),
-        conv_state=(conv_state_BSE, (rows, taps - 1, inner)),
-        ssm_state=(ssm_state_BEN, (rows, inner, state)),
-    )
-
-    def wide(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.float()
-
-    conv_state, ssm_state = wide(conv_state_BSE), wide(ssm_state_BEN)
-    if conv_state is None:
-        conv_state = hidden_BLD.new_zeros(rows, taps - 1, inner, dtype=torch.float32)
-    if ssm_state is None:
-        ssm_state = hidden_BLD.new_zeros(rows, *A_EN.shape, dtype=torch.float32)
-    out_BD, conv_state, ssm_state = _kernels.mixer_step(
-        wide(in_bias_F),
-        wide(conv_bias_E),
-        wide(out_bias_D),
-        hidden_BLD[:, 0].float(),
-        *_one_dtype(in_weight_FD, x_weight_PE, dt_weight_ER, out_weight_DE),
-        conv_weight_EK.t().float(),
-        dt_bias_E.float(),
-        A_EN.float(),
-        D_E.float(),
-        conv_state,
-        ssm_state,
-    )
-    return out_BD[:, None], conv_state, ssm_state
+def decode_step(weights: ModelWeights) -> DecodeStep:
+    return DecodeStep(weights)
 
 
 def _one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:

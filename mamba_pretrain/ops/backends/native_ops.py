@@ -59,13 +59,6 @@ NormArgs = type(
         + [(field, c_void_p) for field in ["dy", "dstream", "dx", "dresidual", "dweight"]]
     },
 )
-StepArgs = _structure(
-    "StepArgs",
-    "batch width inner state rank taps threads",
-    "",
-    "hidden in_weight x_weight dt_weight out_weight in_bias out_bias conv_weight conv_bias dt_bias A D conv_state "
-    "ssm_state new_conv_state new_ssm_state out xz x projected y",
-)
 
 
 def _call(function: str, arguments: ctypes.Structure, *flags: bool) -> None:
@@ -340,42 +333,3 @@ def _cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int, gradient: bo
     _fill(arguments, {"logits": logits, "labels": labels, "loss": loss})
     _call("cross_entropy", arguments, _half(logits))
     return loss
-
-
-@_op(
-    "mixer_step(Tensor? in_bias, Tensor? conv_bias, Tensor? out_bias, Tensor hidden, Tensor in_weight, "
-    "Tensor x_weight, Tensor dt_weight, Tensor out_weight, Tensor conv_weight, Tensor dt_bias, Tensor A, Tensor D, "
-    "Tensor conv_state, Tensor ssm_state) -> (Tensor, Tensor, Tensor)",
-    lambda i, c, o, hidden, *rest: tuple(t.new_empty(t.shape) for t in (hidden, *rest[-2:])),
-)
-def _mixer_step(
-    in_bias: Tensor | None, conv_bias: Tensor | None, out_bias: Tensor | None, hidden: Tensor, *tensors: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    biases = {"in_bias": in_bias, "conv_bias": conv_bias, "out_bias": out_bias}
-    names = "hidden in_weight x_weight dt_weight out_weight conv_weight dt_bias A D conv_state ssm_state"
-    given = {name: t.contiguous() for name, t in zip(names.split(), (hidden, *tensors), strict=True)}
-    in_weight, conv_state, ssm_state = (given[name] for name in ("in_weight", "conv_state", "ssm_state"))
-    (batch, inner, state), rank = ssm_state.shape, given["dt_weight"].shape[1]
-    given["out"] = out = torch.empty_like(given["hidden"])
-    given["new_conv_state"], given["new_ssm_state"] = torch.empty_like(conv_state), torch.empty_like(ssm_state)
-    scratch = hidden.new_empty(batch * (4 * inner + rank + 2 * state))
-    for name, size in {"xz": 2 * inner, "x": inner, "projected": rank + 2 * state, "y": inner}.items():
-        given[name], scratch = scratch[: batch * size], scratch[batch * size :]
-    threads = _threads(2 * in_weight.numel())
-    arguments = StepArgs(batch, hidden.shape[1], inner, state, rank, conv_state.shape[1] + 1, threads)
-    _fill(arguments, {**given, **{name: None if t is None else t.contiguous() for name, t in biases.items()}})
-    _call("mixer_step", arguments, _half(in_weight))
-    return out, given["new_conv_state"], given["new_ssm_state"]
-
-
-@_op(
-    "linear(Tensor x, Tensor weight) -> Tensor",
-    lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]),
-)
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    x, weight = x.contiguous(), weight.contiguous()
-    sizes = (x.shape[:-1].numel(), *weight.shape, _threads(weight.numel()))
-    pointers = (c_void_p(t.data_ptr()) for t in (weight, x, y))
-    native_build.load().mamba_linear(*pointers, *map(c_int64, sizes), int(_half(weight)))
-    return y

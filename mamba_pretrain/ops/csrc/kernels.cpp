@@ -1,5 +1,5 @@
 // The C interface that ops/backends/native.py calls through ctypes: no PyTorch headers, so no ABI to match.
-// `half`: activations (for the mixer's step and the product: matrices) are bf16, else fp32.
+// `half`: activations (for decoding: matrices) are bf16, else fp32.
 #include "conv.h"
 #include "rows.h"
 #include "scan.h"
@@ -12,10 +12,22 @@ int64_t mamba_group() { return GROUP; }
 
 void mamba_scan_forward(const ScanArgs* a, int half) { half ? scan_forward<bf16>(*a) : scan_forward<float>(*a); }
 void mamba_scan_backward(const ScanArgs* a, int half) { half ? scan_backward<bf16>(*a) : scan_backward<float>(*a); }
-void mamba_conv_forward(const ConvArgs* a, int half) { half ? conv_forward<bf16>(*a) : conv_forward<float>(*a); }
-void mamba_conv_backward(const ConvArgs* a, int half) { half ? conv_backward<bf16>(*a) : conv_backward<float>(*a); }
+void mamba_conv_forward(const ConvArgs* a, int half) {
+  if (a->taps == 4)
+    half ? conv_forward<bf16, 4>(*a) : conv_forward<float, 4>(*a);
+  else
+    half ? conv_forward<bf16, 0>(*a) : conv_forward<float, 0>(*a);
+}
+
+void mamba_conv_backward(const ConvArgs* a, int half) {
+  if (a->taps == 4)
+    half ? conv_backward<bf16, 4>(*a) : conv_backward<float, 4>(*a);
+  else
+    half ? conv_backward<bf16, 0>(*a) : conv_backward<float, 0>(*a);
+}
+
 void mamba_cross_entropy(const LossArgs* a, int half) { half ? cross_entropy<bf16>(*a) : cross_entropy<float>(*a); }
-void mamba_mixer_step(const StepArgs* a, int half) { half ? mixer_step<bf16>(*a) : mixer_step<float>(*a); }
+void mamba_decode_step(const StepArgs* a, int half) { half ? decode_step<bf16>(*a) : decode_step<float>(*a); }
 
 void mamba_norm_forward(const NormArgs* a, int half_x, int half_y) {
   if (half_x)
@@ -29,11 +41,5 @@ void mamba_norm_backward(const NormArgs* a, int half_x, int half_y) {
     half_y ? norm_backward<bf16, bf16>(*a) : norm_backward<bf16, float>(*a);
   else
     half_y ? norm_backward<float, bf16>(*a) : norm_backward<float, float>(*a);
-}
-
-void mamba_linear(const void* weight, const float* in, float* out, int64_t rows, int64_t n, int64_t width,
-                  int64_t threads, int half) {
-  half ? linear((const bf16*)weight, in, out, rows, n, width, threads)
-       : linear((const float*)weight, in, out, rows, n, width, threads);
 }
 }
