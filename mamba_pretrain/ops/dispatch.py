@@ -38,7 +38,7 @@ def select(name: str) -> str:
     global _selected
     if name == "auto":
         name = os.environ.get("MAMBA_PRETRAIN_KERNELS", "auto")
-    before, _selected = _selected, _known(name)
+    before, _selected = _known(_selected), _known(name)
     return before
 
 
@@ -55,11 +55,12 @@ def selected() -> str:
 @contextlib.contextmanager
 def using(name: str) -> Iterator[None]:
     """`select` for the length of a with statement."""
+    global _selected
     before = select(name)
     try:
         yield
     finally:
-        select(before)
+        _selected = before
 
 
 def choose(call: Call) -> ModuleType | None:
