@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test check fmt clean
+.PHONY: quickstart test check bench fmt clean
 
 quickstart: $(INSTALLED)  ## corpus to trained, evaluated, exported model on this CPU, in minutes
 	$(BIN)/python -m launch.quickstart
@@ -17,6 +17,9 @@ check: $(INSTALLED)  ## lint, types, layering, fast tests: before each commit
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow"
+
+bench: $(INSTALLED)  ## speed and memory beside the peers, on an idle machine; fails if a goal is missed
+	$(BIN)/python -m benchmarks.all --check --json runs/bench
 
 fmt: $(INSTALLED)
 	$(BIN)/ruff format .

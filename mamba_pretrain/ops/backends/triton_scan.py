@@ -34,7 +34,7 @@ from mamba_pretrain.ops.backends.triton_common import FUSED, blocks, on, power_o
 BLOCK_E = 32
 CHUNK = 64
 # Steps whose states the backward holds in registers: 4 x 16 of a thread's 255. With 8 it would read half as many from
-# memory, and spill.
+# memory, and spill hundreds of bytes.
 PART = 4
 
 
