@@ -74,6 +74,7 @@ class MatrixProducts:
     """
 
     def __init__(self, preset: str, length: int, overrides: list[str]) -> None:
+        settle_cpu_memory()  # as the step it stands beside
         config = shape(preset, length, 1, overrides)
         generator = torch.Generator().manual_seed(0)
 
