@@ -41,7 +41,7 @@ from benchmarks.common import (
 from benchmarks.peers import hugging_face
 from benchmarks.shapes import OVERRIDES, shape
 from benchmarks.worker import Worker
-from mamba_pretrain.distributed.env import settle_cpu_memory
+from mamba_pretrain.distributed.env import use_large_pages
 from mamba_pretrain.model.generate import generate
 from mamba_pretrain.model.lm import MambaLM
 
@@ -81,7 +81,7 @@ class Peer:
 
     def __init__(self, preset: str, overrides: list[str], large_pages: bool) -> None:
         if large_pages:
-            settle_cpu_memory()
+            use_large_pages()
         model = MambaLM(shape(preset, 512, 1, overrides).model, seed=0)
         self.twins = {name: hugging_face(model).eval().to(dtype) for name, dtype in DTYPES.items()}
 
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--prefill", type=int, default=4096, help="prompt whose reading is timed; 0: none (%(default)s)"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
-    settle_cpu_memory()  # as the generate command does
+    use_large_pages()  # as the generate command does
     options, report = begin(parser, argv)
     report.columns = ["what", "tokens", "times the fastest peer"]
     model = MambaLM(shape(options.preset, 512, 1, options.overrides).model, seed=0).eval()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mamba_pretrain.config import Config, ModelConfig, load
 from mamba_pretrain.data.packing import IGNORE
-from mamba_pretrain.distributed.env import autocast, settle_cpu_memory
+from mamba_pretrain.distributed.env import autocast, keep_freed_memory
 from mamba_pretrain.distributed.single import SingleEngine
 from mamba_pretrain.model.lm import MambaLM
 
@@ -29,7 +29,7 @@ class TrainingStep:
     """One optimizer step on one micro-batch, as `mamba_pretrain.train` takes it."""
 
     def __init__(self, preset: str, length: int, overrides: list[str], batch: int = 1) -> None:
-        settle_cpu_memory()
+        keep_freed_memory()
         self.config = shape(preset, length, batch, overrides)
         self.model = MambaLM(self.config.model, seed=0).train()
         self.engine = SingleEngine(self.model, self.config)
@@ -74,7 +74,7 @@ class MatrixProducts:
     """
 
     def __init__(self, preset: str, length: int, overrides: list[str]) -> None:
-        settle_cpu_memory()  # as the step it stands beside
+        keep_freed_memory()  # as the step it stands beside
         config = shape(preset, length, 1, overrides)
         generator = torch.Generator().manual_seed(0)
 

@@ -121,7 +121,7 @@ def measure(report: Report, options: argparse.Namespace, length: int, overrides:
             return answer.seconds
 
         tasks = {"ours": Task(our_step), "products": Task(lambda _: products.call("step").seconds)}
-        take_turns(tasks, rounds=0, warmup=2)
+        take_turns(tasks, rounds=0, warmup=4)  # memory that is kept is all there after the third step
         seconds: Seconds = {"ours": [], "products": [], "peer": []}
         if options.peer_steps:
             try:

@@ -20,7 +20,7 @@ from mamba_pretrain.data.packing import n_windows
 from mamba_pretrain.data.shards import Manifest, Shard, open_split, verify_up_to
 from mamba_pretrain.data.tokenizer import Tokenizer, dataset_tokenizer, load_tokenizer
 from mamba_pretrain.distributed.engine import Engine
-from mamba_pretrain.distributed.env import DTYPES, bf16_is_native, check_precision, resolve_device, settle_cpu_memory
+from mamba_pretrain.distributed.env import DTYPES, bf16_is_native, check_precision, keep_freed_memory, resolve_device
 from mamba_pretrain.distributed.single import SingleEngine
 from mamba_pretrain.export.pretrained import Pretrained, read_pretrained
 from mamba_pretrain.model.describe import law_table
@@ -79,7 +79,7 @@ def build(config: Config) -> Run:
     check_precision(config.train.precision, device)
     dispatch.select(config.train.kernels)
     if device.type == "cpu":
-        settle_cpu_memory()
+        keep_freed_memory()
     if config.train.precision == "bf16" and not bf16_is_native(device):
         log.warning("this CPU has no bf16 matrix products: they are emulated, and train.precision=fp32 is faster")
     train, validation, manifest, tokenizer = _open_data(config)

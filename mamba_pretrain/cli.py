@@ -17,7 +17,7 @@ from mamba_pretrain.data.loader import LoaderError
 from mamba_pretrain.data.packing import n_windows
 from mamba_pretrain.data.shards import ShardError, open_split, verify_up_to
 from mamba_pretrain.data.tokenizer import TokenizerError, dataset_tokenizer, load_tokenizer
-from mamba_pretrain.distributed.env import EXIT_PREEMPTED, autocast, resolve_device, settle_cpu_memory
+from mamba_pretrain.distributed.env import EXIT_PREEMPTED, autocast, keep_freed_memory, resolve_device, use_large_pages
 from mamba_pretrain.doctor import examine
 from mamba_pretrain.evaluate.perplexity import EvaluationError, PerplexityResult, evaluate_documents, evaluate_windows
 from mamba_pretrain.evaluate.report import ReportError, plot_run
@@ -99,7 +99,7 @@ def _eval_perplexity(arguments: argparse.Namespace) -> None:
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise EvaluationError(f"--json {arguments.json}: there is no directory {arguments.json.parent}")
     source = read_pretrained(arguments.model)
-    settle_cpu_memory()
+    keep_freed_memory()
     device = resolve_device(arguments.device)
     model = build_model(source).to(device)
     wanted = None if source.tokenizer_file is None else load_tokenizer(source.tokenizer_file).sha256
@@ -171,7 +171,7 @@ def _import(arguments: argparse.Namespace) -> None:
 
 def _generate(arguments: argparse.Namespace) -> None:
     source = read_pretrained(arguments.model)
-    settle_cpu_memory()
+    use_large_pages()
     device = resolve_device(arguments.device)
     model = build_model(source).to(device).eval()
     tokenizer = load_tokenizer(arguments.tokenizer or source.tokenizer_file or arguments.model)

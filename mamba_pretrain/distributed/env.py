@@ -17,20 +17,27 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def settle_cpu_memory() -> None:
-    """Large CPU tensors in pages of 2 MiB, and the memory of freed ones kept by the process. Call before the first.
+def keep_freed_memory() -> None:
+    """Makes the C library keep the memory of freed CPU tensors for the next ones.
 
-    By default the C library returns every large block to the system, and each step of training gets it back as new
-    pages of 4 KiB, zeroed one by one at the first touch: a sixth of a step of the 130m model on two cores. Decoding
-    reads the weights 1.2 times as fast from large pages. Costs a tenth more memory at the peak; does nothing where the
-    system or the C library knows no such thing.
+    By default it returns every large block to the system, and each step of training gets it back as new pages that are
+    zeroed at the first touch: a tenth of a step of the 130m model on two cores. Does nothing where the C library is not
+    glibc.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's allocator looks at its first large block
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         m_trim_threshold, m_mmap_max = -1, -4  # of glibc's malloc.h
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def use_large_pages() -> None:
+    """Large CPU tensors in pages of 2 MiB, if the system has them; call it before the first.
+
+    Decoding reads the weights 1.2 times as fast. Not for training, where tensors come and go: finding free large pages
+    costs more than they bring.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's allocator looks at its first large block
 
 
 def resolve_device(name: str) -> torch.device:

@@ -48,8 +48,8 @@ class SingleEngine:
         norm = torch.nn.utils.get_total_norm(gradients)
         finite = bool(torch.isfinite(norm) & self._losses_finite)
         if finite:
-            if self.clip_norm:
-                torch._foreach_mul_(gradients, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+            if self.clip_norm and (shrink := self.clip_norm / (float(norm) + 1e-6)) < 1:
+                torch._foreach_mul_(gradients, shrink)
             self.scaler.step(self.optimizer)
         if self.scaler.is_enabled():
             self.scaler.update()

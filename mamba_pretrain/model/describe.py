@@ -79,9 +79,9 @@ def memory_by_part(config: Config) -> dict[str, int]:
     parameters = 4 * sum(parameters_by_part(model).values())
     positions = train.micro_batch_size * config.data.seq_len
     block = _saved_by_block(model, train.micro_batch_size, config.data.seq_len, train.precision)
-    blocks = model.need("n_layer")
+    blocks, rows = model.need("n_layer"), model.padded_vocab_size
+    narrow = 4 if train.precision == "fp32" else 2
     if train.activation_checkpointing:
-        narrow = 4 if train.precision == "fp32" else 2
         activations = blocks * positions * model.need("d_model") * (4 + narrow) + block
     else:
         activations = blocks * block
@@ -90,8 +90,8 @@ def memory_by_part(config: Config) -> dict[str, int]:
         "gradients": parameters,
         "Adam's moments": 2 * parameters,
         "activations": activations,
-        # logits, log-softmax and its gradient, of one chunk
-        "loss": 3 * min(CHUNK_BYTES, 4 * positions * model.padded_vocab_size),
+        # logits of one chunk, the head's gradient, and what the chunk adds to it
+        "loss": min(CHUNK_BYTES, narrow * positions * rows) + rows * model.need("d_model") * (4 + narrow),
     }
 
 

@@ -81,6 +81,13 @@ def expect(op: str, device: torch.device, **arguments: tuple[Tensor | None, tupl
             raise KernelError(f"{op}: {name} is on {tensor.device}, the other arguments are on {device}")
 
 
+def expect_rank(op: str, rank: int, **arguments: Tensor) -> None:
+    """Raises KernelError, naming the argument, for a tensor with another number of dimensions."""
+    for name, tensor in arguments.items():
+        if tensor.dim() != rank:
+            raise KernelError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {rank} dimensions")
+
+
 def expect_floats(op: str, **arguments: Tensor | None) -> None:
     """Raises KernelError, naming the argument, for a tensor that does not hold real floating-point numbers."""
     for name, tensor in arguments.items():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_pretrain.ops import dispatch
-from mamba_pretrain.ops.call import Call, expect, expect_floats
+from mamba_pretrain.ops.call import Call, expect, expect_floats, expect_rank
 
 
 def causal_conv1d(
@@ -28,8 +28,10 @@ def causal_conv1d(
     the last step's set to zero, or None if they are not wanted; both are differentiable. Raises KernelError, naming the
     argument, for a wrong shape, dtype or device.
     """
+    expect_rank("causal_conv1d", 3, x=x_BLE)
+    expect_rank("causal_conv1d", 2, weight=weight_EK)
     batch, length, inner = x_BLE.shape
-    taps = weight_EK.shape[-1]
+    taps = weight_EK.shape[1]
     expect(
         "causal_conv1d",
         x_BLE.device,

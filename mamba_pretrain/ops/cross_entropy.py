@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mamba_pretrain.ops import dispatch
-from mamba_pretrain.ops.call import Call, KernelError, expect, expect_floats
+from mamba_pretrain.ops.call import Call, KernelError, expect, expect_floats, expect_rank
 
 # Logits alive at once. Of 8 x 2048 positions and 50,280 tokens they would be 1.5 GiB in bf16; 128 MiB are 1,334 rows of
 # that vocabulary, so that the gradient of the head, summed up once a chunk, costs little beside the products.
@@ -27,6 +27,7 @@ def linear_cross_entropy(hidden_BLD: Tensor, weight_VD: Tensor, labels_BL: Tenso
     Chunk by chunk, the forward also makes the gradient: the loss is a scalar, so the backward has only to scale it.
     That takes three products for each chunk, as many as holding all logits, where recomputing them would take four.
     """
+    expect_rank("linear_cross_entropy", 2, weight=weight_VD)
     expect(
         "linear_cross_entropy",
         hidden_BLD.device,
@@ -89,7 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         narrow_VD = weight_VD.to(dtype)
         wants_hidden, wants_weight = (grad_enabled and ctx.needs_input_grad[i] for i in (0, 1))
         dhidden_TD = torch.empty_like(hidden_TD) if wants_hidden else None
-        dweight_VD = torch.zeros_like(weight_VD) if wants_weight else None
+        dweight_VD = None
         total = hidden_TD.new_zeros((), dtype=wide)
         most = max(1, CHUNK_BYTES // (dtype.itemsize * len(weight_VD)))
         chunks = -(-len(labels_T) // most)
@@ -99,8 +100,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += cross_entropy_(logits_TV, labels_T[rows], vocab_size, wants_hidden or wants_weight).sum(dtype=wide)
             if dhidden_TD is not None:
                 torch.mm(logits_TV, narrow_VD, out=dhidden_TD[rows])
-            if dweight_VD is not None:
-                dweight_VD += logits_TV.t() @ hidden_TD[rows]
+            if wants_weight:
+                part_VD = logits_TV.t() @ hidden_TD[rows]
+                dweight_VD = part_VD.to(weight_VD.dtype) if dweight_VD is None else dweight_VD.add_(part_VD)
+        if wants_weight and dweight_VD is None:
+            dweight_VD = torch.zeros_like(weight_VD)
         ctx.save_for_backward(dhidden_TD, dweight_VD)
         return total
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mamba_pretrain.ops import dispatch
-from mamba_pretrain.ops.call import Call, expect, expect_floats
+from mamba_pretrain.ops.call import Call, expect, expect_floats, expect_rank
 
 # Steps whose states (B, E, N) are alive at once: the backward keeps the state before each chunk and recomputes the
 # others, so memory is (L / CHUNK + 4 CHUNK) x E x N and not several times L x E x N. Of 8, 16 and 32 on two CPU cores 8
@@ -55,8 +55,10 @@ def selective_scan(
     Returns y (B, L, E) in the dtype of u, and the state after the last step (B, E, N), or None if it is not wanted;
     both are differentiable, once. Raises KernelError, naming the argument, for a wrong shape, dtype or device.
     """
+    expect_rank("selective_scan", 3, u=u_BLE)
+    expect_rank("selective_scan", 2, A=A_EN)
     batch, length, inner = u_BLE.shape
-    d_state = A_EN.shape[-1]
+    d_state = A_EN.shape[1]
     expect(
         "selective_scan",
         u_BLE.device,
@@ -71,7 +73,16 @@ def selective_scan(
         initial_state=(initial_state_BEN, (batch, inner, d_state)),
     )
     expect_floats(
-        "selective_scan", u=u_BLE, delta=delta_BLE, A=A_EN, B=B_BLN, C=C_BLN, D=D_E, z=z_BLE, delta_bias=delta_bias_E
+        "selective_scan",
+        u=u_BLE,
+        delta=delta_BLE,
+        A=A_EN,
+        B=B_BLN,
+        C=C_BLN,
+        D=D_E,
+        z=z_BLE,
+        delta_bias=delta_bias_E,
+        initial_state=initial_state_BEN,
     )
     backend = dispatch.choose(
         Call.of(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mamba_pretrain.ops.call import KernelError
 from mamba_pretrain.ops.causal_conv1d import causal_conv1d
 from tests.helpers import reference
 
@@ -84,3 +85,11 @@ def test_bf16_inputs_cost_one_rounding_of_the_output() -> None:
     assert (y.dtype, last.dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close(y.double(), due_y, rtol=2**-8 * 1.001, atol=1e-6)
     assert torch.equal(last.double(), due_last)
+
+
+@pytest.mark.parametrize(("position", "name"), [(0, "x"), (1, "weight")])
+def test_a_wrong_number_of_dimensions_is_named(position: int, name: str) -> None:
+    inputs = draw(2, 5, 3, 4)[:3]
+    inputs[position] = inputs[position].flatten()
+    with pytest.raises(KernelError, match=rf"causal_conv1d: {name} has shape \(\d+,\), expected \d dimensions"):
+        causal_conv1d(*inputs)

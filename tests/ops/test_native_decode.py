@@ -113,6 +113,44 @@ def test_a_token_outside_the_vocabulary_is_refused(token: int) -> None:
         kernel(torch.tensor([token]), state.conv, state.ssm)
 
 
+@pytest.mark.parametrize("wrong", ["one row too few", "one block too few", "other channels"])
+def test_states_of_another_shape_are_refused(wrong: str) -> None:
+    kernel = decode_step(lively(BASE).decode_weights())
+    assert kernel is not None
+    state = MambaState.zeros(BASE, 2)
+    if wrong == "one row too few":
+        state.ssm[1] = state.ssm[1][:1]
+    elif wrong == "one block too few":
+        del state.conv[-1]
+    else:
+        state.conv[0] = state.conv[0][:, :, 1:]
+    with pytest.raises(KernelError, match=r"decode_step: (a|there are 2) (ssm|conv) state"):
+        kernel(torch.tensor([1, 2]), state.conv, state.ssm)
+
+
+def test_a_row_that_is_not_finite_does_not_reach_the_others() -> None:
+    model = lively(BASE)
+    kernel = decode_step(model.decode_weights())
+    assert kernel is not None
+    clean, damaged = MambaState.zeros(BASE, 3), MambaState.zeros(BASE, 3)
+    damaged.ssm[0][1] = torch.nan
+    token_B = torch.tensor([5, 6, 7])
+    found, due = kernel(token_B, damaged.conv, damaged.ssm)[0], kernel(token_B, clean.conv, clean.ssm)[0]
+    assert torch.isnan(found[1]).all()
+    assert torch.equal(found[::2], due[::2])
+
+
+def test_one_wide_matrix_keeps_all_of_them_wide() -> None:
+    model, token_TB = lively(BASE), tokens(3, 1)
+    due = decode_step(model.decode_weights())
+    weights = model.decode_weights()
+    kernel = decode_step(weights._replace(head=weights.head.bfloat16().detach()))
+    assert isinstance(due, DecodeStep) and isinstance(kernel, DecodeStep)
+    _, *states = fast_walk(kernel, model, token_TB)
+    _, *due_states = fast_walk(due, model, token_TB)
+    assert all(torch.equal(a, b) for a, b in zip(states, due_states, strict=True))
+
+
 def test_other_dtypes_are_left_to_the_model() -> None:
     assert decode_step(lively(BASE).double().decode_weights()) is None
     assert decode_step(lively(BASE).half().decode_weights()) is None

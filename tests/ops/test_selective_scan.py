@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mamba_pretrain.ops.call import KernelError
 from mamba_pretrain.ops.selective_scan import CHUNK, selective_scan
 from tests.helpers import reference
 
@@ -159,3 +160,11 @@ def test_backward_keeps_one_state_a_chunk() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         selective_scan(*leaves)
     assert kept < length * inner * state
+
+
+@pytest.mark.parametrize(("position", "name"), [(0, "u"), (2, "A")])
+def test_a_wrong_number_of_dimensions_is_named(position: int, name: str) -> None:
+    inputs = draw(2, 5, 3, 4)[:8]
+    inputs[position] = inputs[position].flatten()
+    with pytest.raises(KernelError, match=rf"selective_scan: {name} has shape \(\d+,\), expected \d dimensions"):
+        selective_scan(*inputs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mamba_pretrain.ops.backends import native_build
-from mamba_pretrain.ops.call import BlockWeights, KernelError, ModelWeights
+from mamba_pretrain.ops.call import BlockWeights, KernelError, ModelWeights, expect
 
 MATRICES = {"in_weight", "x_weight", "dt_weight", "out_weight"}
 
@@ -35,11 +35,12 @@ class _StepArgs(ctypes.Structure):
 
 
 class DecodeStep:
-    """Holds the weights, laid out for the kernel: matrices in the dtype of the head, all else in fp32."""
+    """Holds the weights, laid out for the kernel: matrices in bf16 where all of them are, all else in fp32."""
 
     def __init__(self, weights: ModelWeights) -> None:
         self._library = native_build.load()
-        dtype = weights.head.dtype
+        matrices = [weights.head, *(getattr(b, name) for b in weights.blocks for name in MATRICES)]
+        dtype = torch.bfloat16 if all(m.dtype == torch.bfloat16 for m in matrices) else torch.float32
         self._kept: list[Tensor] = []  # what the pointers point to
         block = weights.blocks[0]
         (self._inner, self._state), self._taps = block.A.shape, block.conv_weight.shape[1]
@@ -68,10 +69,19 @@ class DecodeStep:
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         if bad := [i for i in token_B.tolist() if not 0 <= i < self._embeddings]:
             raise KernelError(f"decode_step: token ids {bad} are outside the vocabulary of {self._embeddings}")
-        batch, arguments, threads = len(token_B), self._arguments, torch.get_num_threads()
+        batch, threads = len(token_B), torch.get_num_threads()
+        arguments = _StepArgs.from_buffer_copy(self._arguments)  # two threads may take steps at once
+        for name, states, shape in (
+            ("conv", conv, (batch, self._taps - 1, self._inner)),
+            ("ssm", ssm, (batch, self._inner, self._state)),
+        ):
+            if len(states) != self._blocks:
+                raise KernelError(f"decode_step: there are {len(states)} {name} states, expected {self._blocks}")
+            for state in states:
+                expect("decode_step", token_B.device, **{f"a {name} state": (state, shape)})
         conv = [s.float().contiguous() for s in conv]
         ssm = [s.float().contiguous() for s in ssm]
-        token_B = token_B.contiguous()
+        token_B = token_B.to(torch.int64).contiguous()
         new_conv, new_ssm = (torch.empty(self._blocks, *states[0].shape) for states in (conv, ssm))
         logits_BV = torch.empty(batch, self._vocabulary)
         sizes = {
