@@ -26,10 +26,14 @@ def shape(preset: str, length: int, batch: int, overrides: list[str]) -> Config:
 
 
 class TrainingStep:
-    """One optimizer step on one micro-batch, as `mamba_pretrain.train` takes it."""
+    """One optimizer step on one micro-batch, as `mamba_pretrain.train` takes it.
 
-    def __init__(self, preset: str, length: int, overrides: list[str], batch: int = 1) -> None:
-        keep_freed_memory()
+    `keep` its memory from step to step, as training does; blocks that are kept leave gaps whose size is chance.
+    """
+
+    def __init__(self, preset: str, length: int, overrides: list[str], batch: int = 1, keep: bool = True) -> None:
+        if keep:
+            keep_freed_memory()
         self.config = shape(preset, length, batch, overrides)
         self.model = MambaLM(self.config.model, seed=0).train()
         self.engine = SingleEngine(self.model, self.config)

@@ -17,7 +17,7 @@ from mamba_pretrain.data.loader import LoaderError
 from mamba_pretrain.data.packing import n_windows
 from mamba_pretrain.data.shards import ShardError, open_split, verify_up_to
 from mamba_pretrain.data.tokenizer import TokenizerError, dataset_tokenizer, load_tokenizer
-from mamba_pretrain.distributed.env import EXIT_PREEMPTED, autocast, keep_freed_memory, resolve_device, use_large_pages
+from mamba_pretrain.distributed.env import EXIT_PREEMPTED, autocast, keep_freed_memory, resolve_device
 from mamba_pretrain.doctor import examine
 from mamba_pretrain.evaluate.perplexity import EvaluationError, PerplexityResult, evaluate_documents, evaluate_windows
 from mamba_pretrain.evaluate.report import ReportError, plot_run
@@ -171,7 +171,6 @@ def _import(arguments: argparse.Namespace) -> None:
 
 def _generate(arguments: argparse.Namespace) -> None:
     source = read_pretrained(arguments.model)
-    use_large_pages()
     device = resolve_device(arguments.device)
     model = build_model(source).to(device).eval()
     tokenizer = load_tokenizer(arguments.tokenizer or source.tokenizer_file or arguments.model)

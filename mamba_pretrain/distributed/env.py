@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import signal
 from contextlib import AbstractContextManager
 from types import FrameType, TracebackType
@@ -29,15 +28,6 @@ def keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_max = -1, -4  # of glibc's malloc.h
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def use_large_pages() -> None:
-    """Large CPU tensors in pages of 2 MiB, if the system has them; call it before the first.
-
-    Decoding reads the weights 1.2 times as fast. Not for training, where tensors come and go: finding free large pages
-    costs more than they bring.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's allocator looks at its first large block
 
 
 def resolve_device(name: str) -> torch.device:

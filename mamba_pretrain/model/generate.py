@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import mmap
 from collections.abc import Callable, Collection, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mamba_pretrain.model.block import MambaState
 from mamba_pretrain.model.lm import MambaLM
@@ -124,14 +126,25 @@ def _narrowed(model: MambaLM, dtype: torch.dtype) -> MambaLM:
     Reading the matrices is most of a step's cost. Embeddings are looked up in fp32, as under autocast: the head gets a
     matrix of its own.
     """
-    weights = dict(model.named_parameters()) | {"lm_head.weight": model.head_weight_VD}
-    for name, weight in weights.items():
-        if name.endswith(("proj.weight", "lm_head.weight")):
-            weights[name] = nn.Parameter(weight.to(dtype), requires_grad=False)
+    weights: dict[str, Tensor] = dict(model.named_parameters()) | {"lm_head.weight": model.head_weight_VD}
+    matrices = [name for name in weights if name.endswith(("proj.weight", "lm_head.weight"))]
+    block = _block(sum(weights[name].numel() for name in matrices), dtype, model.head_weight_VD.device)
+    for name, part in zip(matrices, torch.split(block, [weights[name].numel() for name in matrices]), strict=True):
+        weights[name] = part.view_as(weights[name]).copy_(weights[name])
     with torch.device("meta"):
-        narrow = MambaLM(dataclasses.replace(model.config, tie_embeddings=False))
+        narrow = MambaLM(dataclasses.replace(model.config, tie_embeddings=False)).requires_grad_(False)
     narrow.load_state_dict(weights, assign=True)
     return narrow.train(model.training)
+
+
+def _block(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for all matrices; on a CPU in pages of 2 MiB, if the system has them: it is read a third faster."""
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)
 
 
 def _sample(logits_V: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:

@@ -50,11 +50,12 @@ INLINE void scatter(float* to, const vf* from, int64_t N, int lanes) {
 
 // Step sizes dt, inputs x = dt u, and the skip D u, of one channel vector over a chunk.
 template <class X>
-INLINE void prepare(const ScanArgs& a, int64_t b, int64_t t0, int64_t T, int64_t e, int lanes, vf* dt, vf* x, vf* y) {
+INLINE void prepare(const ScanArgs& a, int64_t b, int64_t t0, int64_t T, int64_t e, int lanes, vf* dt, vf* x, vf* y,
+                    vf* slope = nullptr) {
   vf bias = load(a.bias + e, lanes), D = load(a.D + e, lanes);
   for (int64_t t = 0; t < T; t++) {
     vf u = load(a.u.row<X>(b, t0 + t) + e, lanes);
-    dt[t] = softplus(load(a.delta.row<X>(b, t0 + t) + e, lanes) + bias);
+    dt[t] = softplus(load(a.delta.row<X>(b, t0 + t) + e, lanes) + bias, slope ? slope + t : nullptr);
     x[t] = dt[t] * u;
     y[t] = D * u;
   }
@@ -192,7 +193,8 @@ void scan_backward(const ScanArgs& a) {
     const int64_t of_group = GROUP / LANES * N;
     vf *A2 = scratch(3 * of_group + N), *g = A2 + of_group, *dA = g + of_group, *h = dA + of_group;
     vf *dD = scratch(2 * GROUP / LANES), *dbias = dD + GROUP / LANES;
-    vf *steps = scratch(6 * CHUNK), *dt = steps, *x = dt + CHUNK, *dy = x + CHUNK;
+    vf *steps = scratch(8 * CHUNK), *dt = steps, *x = dt + CHUNK, *dy = x + CHUNK;
+    vf *gate = steps + 6 * CHUNK, *slope = gate + CHUNK;
     vf *saved = scratch(2 * CHUNK * HALF), *dB = scratch(2 * CHUNK * N), *dC = dB + CHUNK * N;
     Reverse r = {dt, x, dy, dy + CHUNK, dy + 2 * CHUNK, dy + 3 * CHUNK, saved, saved + CHUNK * HALF};
     float* B = (float*)scratch(ceil_div(2 * CHUNK * N, LANES));
@@ -214,10 +216,11 @@ void scan_backward(const ScanArgs& a) {
         for (int64_t e = e0, k = 0, v = 0; e < e1; e += LANES, k += N, v++) {
           const int lanes = (int)min64(LANES, e1 - e);
           memcpy(h, a.kept + ((b * chunks + c) * vectors + e / LANES) * N * LANES, N * sizeof(vf));
-          prepare<X>(a, b, t0, T, e, lanes, dt, x, r.y);
+          prepare<X>(a, b, t0, T, e, lanes, dt, x, r.y, slope);
           for (int64_t t = 0; t < T; t++) {
             vf z = load(a.z.row<X>(b, t0 + t) + e, lanes);
-            dy[t] = load(a.dy.row<X>(b, t0 + t) + e, lanes) * z * sigmoid(z);
+            gate[t] = sigmoid(z);
+            dy[t] = load(a.dy.row<X>(b, t0 + t) + e, lanes) * z * gate[t];
             r.dx[t] = r.dexponent[t] = vf{};
           }
           int64_t n = 0;
@@ -225,17 +228,16 @@ void scan_backward(const ScanArgs& a) {
             reverse<HALF>(T, N, A2 + k + n, h + n, g + k + n, dA + k + n, r, B + n, C + n, dB + n, dC + n, starts);
           for (; n < N; n++)
             reverse<1>(T, N, A2 + k + n, h + n, g + k + n, dA + k + n, r, B + n, C + n, dB + n, dC + n, starts);
-          vf bias = load(a.bias + e, lanes), D = load(a.D + e, lanes);
+          vf D = load(a.D + e, lanes);
           for (int64_t t = 0; t < T; t++) {
             vf u = load(a.u.row<X>(b, t0 + t) + e, lanes), z = load(a.z.row<X>(b, t0 + t) + e, lanes);
-            vf gate = sigmoid(z), dout = load(a.dy.row<X>(b, t0 + t) + e, lanes);
-            vf slope = sigmoid(load(a.delta.row<X>(b, t0 + t) + e, lanes) + bias);
-            vf ddelta = (r.dexponent[t] * LN2 + r.dx[t] * u) * slope;
+            vf dout = load(a.dy.row<X>(b, t0 + t) + e, lanes);
+            vf ddelta = (r.dexponent[t] * LN2 + r.dx[t] * u) * slope[t];
             dbias[v] += ddelta;
             dD[v] += dy[t] * u;
             store(a.ddelta.row<X>(b, t0 + t) + e, ddelta, lanes);
             store(a.du.row<X>(b, t0 + t) + e, r.dx[t] * dt[t] + dy[t] * D, lanes);
-            store(a.dz.row<X>(b, t0 + t) + e, dout * r.y[t] * gate * (1.0f + z * (1.0f - gate)), lanes);
+            store(a.dz.row<X>(b, t0 + t) + e, dout * r.y[t] * gate[t] * (1.0f + z * (1.0f - gate[t])), lanes);
           }
         }
         for (int64_t t = 0; t < T; t++) {

@@ -157,10 +157,11 @@ INLINE vf logv(vf x) {
 
 INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + expv(-x)); }
 
-// log(1 + e^x), its tail kept; x itself above 20, as in torch.nn.functional.softplus.
-INLINE vf softplus(vf x) {
-  vf y = expv(x), u = 1.0f + y;
-  vf small = logv(u) + (y - (u - 1.0f)) / u;  // what 1 + y rounds away comes back in
+// log(1 + e^x), its tail kept; x itself above 20, as in torch.nn.functional.softplus. `slope` is the derivative.
+INLINE vf softplus(vf x, vf* slope = nullptr) {
+  vf y = expv(x), u = 1.0f + y, inverse = 1.0f / u;
+  vf small = logv(u) + (y - (u - 1.0f)) * inverse;  // what 1 + y rounds away comes back in
+  if (slope) *slope = x > 20.0f ? splat(1.0f) : y * inverse;
   return x > 20.0f ? x : small;
 }
 
