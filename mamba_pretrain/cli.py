@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # No remarks about kernels in the midst of a text.
+    log.setLevel(logging.WARNING if arguments.command == "generate" else logging.NOTSET)
     try:
         return int(arguments.function(arguments) or 0)
     except USER_ERRORS as error:

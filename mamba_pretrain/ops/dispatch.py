@@ -78,11 +78,15 @@ def reasons(call: Call) -> dict[str, str | None]:
 
 def _why_not(backend: ModuleType, call: Call) -> str | None:
     if call.op not in backend.OPS:
-        return f"has no {call.op}"
+        return _lacks(call)
     if (lack := backend.missing()) is not None:
         return str(lack.reason)
     refusal: str | None = backend.refuses(call)
     return refusal
+
+
+def _lacks(call: Call) -> str:
+    return f"has no {call.op}"
 
 
 def _decide(call: Call) -> ModuleType | None:
@@ -119,6 +123,8 @@ _said: set[str] = set()
 
 def _say(call: Call, name: str, against: dict[str, str]) -> None:
     if call.op in COMPOSED and name == REFERENCE:
+        if all(why == _lacks(call) for why in against.values()):
+            return  # nobody takes it whole here: the ops it is made of will be named
         name = "composed of the ops below it"
     line = f"{call.op} on {call.device}: {name}"
     line += "".join(f"; {other}: {why}" for other, why in against.items())
