@@ -143,6 +143,7 @@ class Subject:
 SUBJECT = "tests.benchmarks.test_common:Subject"
 
 
+@pytest.mark.slow
 def test_a_worker_reports_the_memory_of_each_call_alone() -> None:
     with Worker(SUBJECT, {"mib": 64}) as worker:
         answer = worker.call("hold")
@@ -152,6 +153,7 @@ def test_a_worker_reports_the_memory_of_each_call_alone() -> None:
         assert worker.call("chat").above_mib < 20  # the peak of the earlier call is forgotten
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails_says_why() -> None:
     with Worker(SUBJECT, {"mib": 1}) as worker:
         with pytest.raises(WorkerError, match="this is why"):
@@ -161,12 +163,14 @@ def test_a_worker_that_fails_says_why() -> None:
             worker.call("leave")
 
 
+@pytest.mark.slow
 def test_a_worker_that_takes_too_long_is_ended() -> None:
     with Worker(SUBJECT, {"mib": 1}) as worker, pytest.raises(WorkerError, match="more than 1 s"):
         worker.limit_s = 1
         worker.call("sleep")
 
 
+@pytest.mark.slow
 def test_a_worker_over_its_memory_fails_alone() -> None:
     with Worker(SUBJECT, {"mib": 4096}, memory_gib=2) as worker, pytest.raises(WorkerError, match="MemoryError"):
         worker.call("hold")

@@ -38,6 +38,7 @@ def figures(script: str, *words: str, directory: Path) -> dict[str, Any]:
     return measured | {"kernels": told["kernels"]}
 
 
+@pytest.mark.slow
 def test_scan(tmp_path: Path) -> None:
     told = figures("scan", "--sizes", "1x40x32", "2x24x16", directory=tmp_path)
     assert "2x24x16 backward bf16 / exp" in told
@@ -45,6 +46,7 @@ def test_scan(tmp_path: Path) -> None:
     assert any(line.startswith("selective_scan on cpu: ") for line in told["kernels"])
 
 
+@pytest.mark.slow
 def test_scan_on_chosen_kernels(tmp_path: Path) -> None:
     told = figures("scan", "--sizes", "1x40x32", "--kernels", "reference", directory=tmp_path)
     assert told["kernels"] == ["reference kernels, as was asked"]

@@ -52,6 +52,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_two_at_once_from_nothing(tmp_path: Path) -> None:
     """Both end with the library, and nothing but it and the lock stays. The sources are untouched."""
     sources = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in native_build.SOURCES.iterdir()}
@@ -71,6 +72,7 @@ def test_two_at_once_from_nothing(tmp_path: Path) -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_builder_killed_half_way_is_no_obstacle(tmp_path: Path) -> None:
     cache, reached = tmp_path / "cache", tmp_path / "reached"
     slow = script(tmp_path / "slow", f"touch {reached}; sleep 60")
@@ -88,6 +90,7 @@ def test_a_builder_killed_half_way_is_no_obstacle(tmp_path: Path) -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_builder_whose_compiler_outlives_it_does_not_hold_the_lock(tmp_path: Path) -> None:
     """Only the builder is killed; the compiler, which inherits what the builder has open, goes on for a while."""
     cache, reached = tmp_path / "cache", tmp_path / "reached"
@@ -107,6 +110,7 @@ def test_a_builder_whose_compiler_outlives_it_does_not_hold_the_lock(tmp_path: P
         builder.communicate()
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_reason_is_said_once_and_the_reference_runs(tmp_path: Path) -> None:
     code = """
 import json, logging, sys

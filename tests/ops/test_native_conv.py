@@ -208,7 +208,7 @@ Change = Callable[[Tensor], Tensor]
     ("name", "change", "message"),
     [
         ("weight", lambda x: x[1:], r"weight has shape \(4, 4\), expected \(5, 4\)"),
-        ("weight", lambda x: x[:, None], r"weight has shape \(5, 1, 4\), expected \(5, 4\)"),
+        ("weight", lambda x: x[:, None], r"weight has shape \(5, 1, 4\), expected 2 dimensions"),
         ("bias", lambda x: x[1:], r"bias has shape \(4,\), expected \(5,\)"),
         ("bias", lambda x: x.to("meta"), "bias is on meta, the other arguments are on cpu"),
         ("initial_state", lambda x: x[:, 1:], r"initial_state has shape \(2, 2, 5\), expected \(2, 3, 5\)"),

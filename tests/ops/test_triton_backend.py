@@ -17,6 +17,7 @@ from mamba_pretrain.ops.call import Call
 ROOT = Path(__file__).parent.parent.parent
 
 
+@pytest.mark.slow
 def test_the_backend_loads_without_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
@@ -54,6 +55,7 @@ def test_refusals_name_what_was_given(call: Call, reason: str | None) -> None:
     assert said is None if reason is None else said is not None and reason in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("capability", "length"), [(80, 128), (90, 1)])  # sizes of 1 are constants to the compiler
 def test_kernels_compile_for_gpus_and_hardly_spill(capability: int, length: int, tmp_path: Path) -> None:
     """For A100 and H100, at N = 16 in bf16: spilled registers are a sign of block sizes too large.
