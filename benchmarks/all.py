@@ -17,6 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 if a goal is missed; all run all the same")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     options, rest = parser.parse_known_args(argv)
+    if options.json:
+        options.json.mkdir(parents=True, exist_ok=True)
     tables, codes = [], []
     for name in options.only:
         command = [sys.executable, "-m", f"benchmarks.{name}", *(["--check"] if options.check else []), *rest]

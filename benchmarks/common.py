@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.machine import machine, versions
 from mamba_pretrain.ops import dispatch
+from mamba_pretrain.ops.call import KernelError
 from mamba_pretrain.ops.dispatch import CHOICES
 
 AT_MOST, AT_LEAST = "at most", "at least"
@@ -239,11 +240,14 @@ def begin(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     options.threads = torch.get_num_threads()
-    dispatch.select(options.kernels)
+    try:
+        dispatch.select(options.kernels)
+    except KernelError as error:
+        parser.error(str(error))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)  # now, and not after the work is done
     listen()
     KERNELS.clear()
-    if options.kernels != "auto":
-        KERNELS.add(f"{options.kernels} kernels, as was asked")
     given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     return options, Report(parser.prog.rpartition(".")[2], given)
 
@@ -252,7 +256,6 @@ def finish(report: Report, options: argparse.Namespace) -> int:
     """Prints the table, writes the JSON; the exit code: 1 if --check was given and a goal is missed."""
     print(report.as_markdown(), flush=True)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n")
     missed = [goal for goal in report.goals if not goal.holds]
     if options.check:

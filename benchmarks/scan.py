@@ -12,6 +12,8 @@ readable reference.
 
 from __future__ import annotations
 
+import argparse
+import re
 import sys
 from collections.abc import Sequence
 
@@ -93,14 +95,21 @@ def void(_: Tensor) -> None:
     """A task returns a number only if it has measured itself."""
 
 
+def size(text: str) -> str:
+    """Three numbers above 0."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form BxLxE, as 1x1024x1536 is")
+    return text
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments("scan", __doc__ or "", rounds=11)
-    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="BxLxE", help="default: %(default)s")
+    parser.add_argument("--sizes", nargs="+", type=size, default=SIZES, metavar="BxLxE", help="default: %(default)s")
     parser.add_argument("--state", type=int, default=16, help="N (%(default)s)")
     options, report = begin(parser, argv)
     report.columns = ["(B, L, E)", "what", "median (range)", "times torch.exp", "goal, at most"]
     for i, text in enumerate(options.sizes):
-        batch, length, inner = (int(part) for part in text.split("x"))
+        batch, length, inner = map(int, size(text).split("x"))
         measure(report, (batch, length, inner), options.state, options.rounds, reference=i == 0)
     report.note("torch.exp runs over (B, L, E, N) fp32 elements into a preallocated output; the scan allocates its own")
     return finish(report, options)

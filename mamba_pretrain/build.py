@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Run:
     manifest: Manifest
     tokenizer: Tokenizer
     device: torch.device
+    kernels: dict[str, str] = field(default_factory=dict)  # which backend each op is trained on
 
     @property
     def directory(self) -> Path:
@@ -104,23 +105,23 @@ def build(config: Config) -> Run:
     run = Run(
         config, SingleEngine(model.to(device), config), TrainState(), train, validation, manifest, tokenizer, device
     )
+    run.kernels = _announce_kernels(run)
     if resume_from is not None:
         _restore(run, resume_from)
     decay = config.optim.weight_decay
-    _announce_kernels(run)
     audit(model.named_parameters(), config.model, run.engine.decay_of, decay=decay, fresh=fresh)
     log.info("%s\n", law_table(model, run.engine.decay_of))
     return run
 
 
-def _announce_kernels(run: Run) -> None:
+def _announce_kernels(run: Run) -> dict[str, str]:
     """Says what every op will run on and why. A GPU's kernels are held against the reference first: no test saw it."""
     model, dtype = run.config.model, DTYPES[run.config.train.precision]
     if run.device.type == "cuda":
         for op, backend, error in self_check(run.device):
             log.info("%s: the %s kernels agree with the reference to %.0e", op, backend, error)
     packed = run.config.data.reset_documents
-    dispatch.announce(
+    return dispatch.announce(
         run.device.type, dtype, d_state=model.d_state, taps=model.d_conv, inner=model.d_inner, packed=packed
     )
 
@@ -217,7 +218,8 @@ def _resume_from(config: Config) -> Path | None:
 
 def _restore(run: Run, path: Path) -> None:
     """Fills engine and state, after the proof that this is the same training on the same data."""
-    saved, current = _flat(checkpoint.verify(path)["identity"]), _flat(run.identity)
+    manifest = checkpoint.verify(path)
+    saved, current = _flat(manifest["identity"]), _flat(run.identity)
     changed = [
         f"{k} was {saved.get(k)!r}, is {current.get(k)!r}" for k in current | saved if saved.get(k) != current.get(k)
     ]
@@ -231,6 +233,12 @@ def _restore(run: Run, path: Path) -> None:
         for key, value in now[part].items():
             if before[part][key] != value:
                 log.warning("resuming with another %s.%s: was %s, is %s", part, key, before[part][key], value)
+    for op, backend in manifest.get("kernels", {}).items():
+        if run.kernels.get(op) != backend:
+            log.warning(
+                "resuming on other kernels, so losses will agree to rounding and no further: %s was on %s, is on %s",
+                *(op, backend, run.kernels.get(op)),
+            )
     run.engine.load(path)
     run.state = TrainState(**json.loads((path / checkpoint.STATE).read_text()))
     log.info("resumed from %s", path)

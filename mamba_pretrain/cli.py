@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -196,9 +197,10 @@ def _generate(arguments: argparse.Namespace) -> None:
         stop_ids=(tokenizer.eod_id,),
         vocab_size=min(tokenizer.vocab_size, source.config.need("vocab_size")),
     )
-    sys.stdout.write(arguments.prompt)
     with autocast(arguments.precision, device):
-        for text in tokenizer.stream(tokens, context=prompt_ids):
+        pieces = tokenizer.stream(tokens, context=prompt_ids)
+        first = next(pieces, "")  # before anything is printed: here the model works for the first time
+        for text in itertools.chain([arguments.prompt, first], pieces):
             sys.stdout.write(text)
             sys.stdout.flush()
     sys.stdout.write("\n")

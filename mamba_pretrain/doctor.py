@@ -151,7 +151,7 @@ def _cpu() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instructions": _or_reason(native_build.isa),
         "bf16 products": "native" if bf16_is_native(torch.device("cpu")) else "emulated",
-        "compiler": _or_reason(lambda: _first_line([native_build.compiler(), "--version"])),
+        "compiler": _or_reason(lambda: _first_line([*native_build.compiler(), "--version"])),
         "native kernels": _or_reason(_library),
     }
 

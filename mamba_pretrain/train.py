@@ -214,6 +214,7 @@ class Saver:
             "identity": run.identity,
             "tokenizer": asdict(run.manifest.tokenizer),
             "adds_bos": run.manifest.adds_bos,
+            "kernels": run.kernels,
             "config_digest": run.config.digest(),
         }
         target = checkpoint.step_directory(self.directory, run.state.step)

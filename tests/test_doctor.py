@@ -14,7 +14,7 @@ from torch import Tensor
 from mamba_pretrain import doctor
 from mamba_pretrain.cli import main
 from mamba_pretrain.ops import dispatch
-from mamba_pretrain.ops.backends import native
+from mamba_pretrain.ops.backends import native, native_build
 from mamba_pretrain.ops.causal_conv1d import causal_conv1d_reference
 from tests.helpers import kernels
 
@@ -82,8 +82,8 @@ def test_a_machine_without_compiler_is_unhealthy(tmp_path: Path) -> None:
     done = kernels.python(code, CXX="/nonexistent", MAMBA_PRETRAIN_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 1
     lacking = entry(json.loads(done.stdout), "native")
-    assert lacking["reason"] == "no C++ compiler: looked for /nonexistent"
-    assert "apt-get install g++" in lacking["mend"]
+    assert lacking["reason"] == "no C++ compiler: CXX is '/nonexistent', which is no command"
+    assert "unset CXX" in lacking["mend"]
     assert "on cpu only the reference runs: native: no C++ compiler" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -95,13 +95,18 @@ def test_a_machine_that_uses_anothers_build_needs_no_compiler(
     monkeypatch.setenv("CXX", "/nonexistent")
     assert main(["doctor", "--json"]) == 0
     cpu = json.loads(capsys.readouterr().out)["cpu"]
-    assert cpu["compiler"] == "no C++ compiler: looked for /nonexistent"
+    assert cpu["compiler"] == "no C++ compiler: CXX is '/nonexistent', which is no command"
     assert cpu["native kernels"].endswith(".so") and cpu["cores"]
 
 
-def test_a_wrong_instruction_set_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_instruction_set_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("MAMBA_PRETRAIN_ISA", "avx1024")
-    assert "MAMBA_PRETRAIN_ISA is 'avx1024'" in doctor._cpu()["native kernels"]
+    monkeypatch.setattr(native, "missing", native.missing.__wrapped__)
+    monkeypatch.setattr(native_build, "load", native_build.load.__wrapped__)
+    assert main(["doctor"]) == 2
+    assert "MAMBA_PRETRAIN_ISA is 'avx1024': this CPU runs " in capsys.readouterr().err
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, **ops: Any) -> None:

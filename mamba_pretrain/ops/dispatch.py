@@ -28,7 +28,7 @@ CHOICES = ("auto", native.NAME, cuda.NAME, triton.NAME, REFERENCE)
 COMPOSED = frozenset({"mamba_inner"})  # where no backend takes it whole, it is made of ops that are chosen in turn
 
 # An unknown name in the environment is refused at the first use: importing must not fail.
-_selected = os.environ.get("MAMBA_PRETRAIN_KERNELS", "auto")
+_selected = os.environ.get("MAMBA_PRETRAIN_KERNELS") or "auto"
 _decisions: dict[tuple[Call, str], ModuleType | None] = {}
 
 
@@ -37,7 +37,7 @@ def select(name: str) -> str:
     that can. Returns what was selected before."""
     global _selected
     if name == "auto":
-        name = os.environ.get("MAMBA_PRETRAIN_KERNELS", "auto")
+        name = os.environ.get("MAMBA_PRETRAIN_KERNELS") or "auto"
     before, _selected = _known(_selected), _known(name)
     return before
 
@@ -91,6 +91,7 @@ def _lacks(call: Call) -> str:
 
 def _decide(call: Call) -> ModuleType | None:
     if _known(_selected) == REFERENCE:
+        _say(call, "reference, as was asked", {})
         return None
     backends = [b for b in ORDER.get(call.device, ()) if _selected in ("auto", b.NAME)]
     against: dict[str, str] = {}
@@ -111,23 +112,33 @@ def _decide(call: Call) -> ModuleType | None:
     return None
 
 
-def announce(device: str, dtype: torch.dtype, *, d_state: int, taps: int, inner: int, packed: bool) -> None:
-    """Logs, before the first step, what a model will be trained on, and why the rest of the backends do not run."""
-    sizes = {"causal_conv1d": taps, "selective_scan": d_state, "mamba_inner": d_state, "add_rms_norm": 1}
-    for op, size in sizes.items():
-        choose(Call(op, device, dtype, size=size, packed=packed, grad=True, channels=inner, taps=taps))
+def announce(device: str, dtype: torch.dtype, *, d_state: int, taps: int, inner: int, packed: bool) -> dict[str, str]:
+    """Logs, before the first step, what a model will be trained on, and why the rest of the backends do not run.
+
+    Returns the names by op.
+    """
+    sizes = {"mamba_inner": d_state, "causal_conv1d": taps, "selective_scan": d_state, "add_rms_norm": 1}
+    calls = [
+        *(Call(op, device, dtype, size, packed, grad=True, channels=inner, taps=taps) for op, size in sizes.items()),
+        Call("cross_entropy_", device, dtype),
+    ]
+    chosen = {call.op: choose(call) for call in calls}
+    return {op: REFERENCE if backend is None else backend.NAME for op, backend in chosen.items()}
 
 
 _said: set[str] = set()
 
 
 def _say(call: Call, name: str, against: dict[str, str]) -> None:
-    if call.op in COMPOSED and name == REFERENCE:
+    """One line for each decision; a reason that was given before is not given again."""
+    if call.op in COMPOSED and name.startswith(REFERENCE):
         if all(why == _lacks(call) for why in against.values()):
             return  # nobody takes it whole here: the ops it is made of will be named
         name = "composed of the ops below it"
     line = f"{call.op} on {call.device}: {name}"
-    line += "".join(f"; {other}: {why}" for other, why in against.items())
+    for other, why in against.items():
+        reason = f"; {other}: {why}"
+        line += f"; {other}: as said" if reason in _said else reason
     if line not in _said:
-        _said.add(line)
+        _said.update((line, *(f"; {other}: {why}" for other, why in against.items())))
         log.info("%s", line)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from mamba_pretrain.ops import dispatch
 from mamba_pretrain.ops.add_norm import add_rms_norm_reference
-from mamba_pretrain.ops.call import Call, KernelError
+from mamba_pretrain.ops.call import BlockWeights, Call, KernelError, ModelWeights
 from mamba_pretrain.ops.causal_conv1d import causal_conv1d_reference
 from mamba_pretrain.ops.cross_entropy import cross_entropy_reference_
+from mamba_pretrain.ops.decode import DecodeStep
 from mamba_pretrain.ops.mamba_inner import mamba_inner
 from mamba_pretrain.ops.selective_scan import selective_scan_reference
 
@@ -41,6 +42,7 @@ class _Case(NamedTuple):
     call: Call
     reference: Callable[..., Any]
     arguments: tuple[Any, ...]
+    adapt: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda op: op  # to a function of the arguments
 
 
 def self_check(device: torch.device | str) -> list[Checked]:
@@ -70,7 +72,7 @@ def _deviation(case: _Case, backend: ModuleType) -> float:
     op = case.call.op
     documents = " with documents" if case.call.packed else ""
     try:
-        found = _results(getattr(backend, op), case.arguments)
+        found = _results(case.adapt(getattr(backend, op)), case.arguments)
     except Exception as failure:
         message = f"{op}: the {backend.NAME} kernels fail on this {case.call.device}{documents}: {failure}"
         raise KernelError(f"{message}. {ADVICE}") from failure
@@ -143,6 +145,8 @@ def _cases(device: torch.device) -> Iterator[_Case]:
             states = (normal(B, K - 1, E, grad=False), normal(B, E, N, grad=False))
             step = call("mamba_inner", N, taps=K)._replace(initial_state=True, last_state=True, grad=False, length=1)
             yield _Case(step, _composed, (normal(B, 1, D, grad=False), *mixer[1:-4], None, *states, True))
+            block = BlockWeights(normal(D), *mixer[1:-4])
+            yield _decoding(ModelWeights(normal(V, D), [block], normal(D), normal(V, D), 1e-5), states)
     for residual_BLD in (None, normal(B, L, D)):
         norm = (normal(B, L, D), residual_BLD, normal(D), 1e-5, torch.float32)
         yield _Case(call("add_rms_norm", D), add_rms_norm_reference, norm)
@@ -151,6 +155,29 @@ def _cases(device: torch.device) -> Iterator[_Case]:
     logits_TV = normal(L, V, grad=False)
     logits_call = Call("cross_entropy_", device.type, torch.float32)
     yield _Case(logits_call, cross_entropy_reference_, (logits_TV, labels_T.to(device), V - 3, True))
+
+
+def _decoding(weights: ModelWeights, states: tuple[Tensor, Tensor]) -> _Case:
+    """One token of a model of one block."""
+    (block,) = weights.blocks
+
+    def reference(token_B: Tensor, conv_BSE: Tensor, ssm_BEN: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        norm = (weights.eps, torch.float32)
+        x_BLD, stream_BLD = add_rms_norm_reference(weights.embedding[token_B][:, None], None, block.norm, *norm)
+        x_BLD, conv, ssm = _composed(x_BLD, *block[1:], None, conv_BSE, ssm_BEN, True)
+        x_BLD, _ = add_rms_norm_reference(x_BLD, stream_BLD, weights.norm, *norm)
+        return x_BLD[:, 0] @ weights.head.t(), conv, ssm
+
+    def adapt(op: Callable[[ModelWeights], DecodeStep]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        def step(token_B: Tensor, conv_BSE: Tensor, ssm_BEN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logits_BV, (conv,), (ssm,) = op(weights)(token_B, [conv_BSE], [ssm_BEN])
+            return logits_BV, conv, ssm
+
+        return step
+
+    token_B = torch.arange(1, B + 1, device=weights.head.device)
+    call = Call("decode_step", token_B.device.type, torch.float32)
+    return _Case(call, reference, (token_B, *states), adapt)
 
 
 def _composed(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import shutil
 import signal
@@ -65,7 +67,8 @@ def test_two_at_once_from_nothing(tmp_path: Path) -> None:
     found = [kernels.said(kernels.finish(builder)) for builder in builders]
     (library,) = (tmp_path / "deep/cache").glob("*.so")
     assert found == [[str(library), None]] * 2
-    assert sorted(p.name for p in library.parent.iterdir()) == sorted([library.name, "lock"])
+    digest = library.with_suffix(".sha256").name
+    assert sorted(p.name for p in library.parent.iterdir()) == sorted([library.name, digest, "lock"])
     assert len(calls.read_text().split()) == 2, "it was built twice: a build is one compilation and one link"
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in native_build.SOURCES.iterdir()} == sources
     assert build(library.parent, CXX="/nonexistent") == [str(library), None], "what is built needs no compiler"
@@ -86,7 +89,8 @@ def test_a_builder_killed_half_way_is_no_obstacle(tmp_path: Path) -> None:
     assert [p.name[:6] for p in sorted(cache.iterdir())] == ["build-", "lock"]
     path, reason = build(cache, CXX=quick_compiler(tmp_path))
     assert reason is None
-    assert sorted(p.name for p in cache.iterdir()) == sorted([Path(path).name, "lock"])
+    digest = Path(path).with_suffix(".sha256").name
+    assert sorted(p.name for p in cache.iterdir()) == sorted([Path(path).name, digest, "lock"])
 
 
 @needs_compiler
@@ -126,13 +130,15 @@ same = all(
 from mamba_pretrain.ops.backends import native
 print(json.dumps([same, native.missing()]))
 """
-    for environment in ({"CXX": "/nonexistent"}, {"CXX": None, "PATH": ""}):
+    for environment, lack, cure in (
+        ({"CXX": "/nonexistent"}, "CXX is '/nonexistent', which is no command", "unset CXX"),
+        ({"CXX": None, "PATH": ""}, "looked for g++, c++, clang++", "apt-get install g++"),
+    ):
         done = kernels.python(code, MAMBA_PRETRAIN_CACHE=str(tmp_path / "cache"), **environment)
         same, (reason, mend) = kernels.said(done)
         assert same
-        looked_for = environment["CXX"] or "g++, c++, clang++"
-        assert reason == f"no C++ compiler: looked for {looked_for}"
-        assert "apt-get install g++" in mend
+        assert reason == f"no C++ compiler: {lack}"
+        assert cure in mend
         line = f"selective_scan on cpu: reference; native: {reason}"
         assert done.stderr.splitlines().count(line) == 1
         assert done.stderr.count(reason) == 1
@@ -207,14 +213,58 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "MAMBA_PRETRAIN_CACHE" in caught.value.missing.mend
 
 
-@pytest.mark.parametrize("content", [b"", b"not a library", b"\x7fELF" + bytes(100)])
-def test_a_damaged_library_is_named(content: bytes, fresh: Path) -> None:
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [0, 5000, -1])
+def test_a_library_that_was_cut_short_is_built_again(kept: int, fresh: Path) -> None:
+    """Loading it would end the process with a bus error, and the next one's, and so on."""
+    native_build.load()
+    path = native_build.library_path(native_build.isa())
+    whole = path.read_bytes()
+    path.unlink()  # the file in use stays as it is
+    path.write_bytes(whole[:kept])
+    native_build.load()
+    assert native_build._is_whole(path)
+    assert len(path.read_bytes()) == len(whole)
+
+
+def test_a_library_of_other_contents_is_named(fresh: Path) -> None:
     path = native_build.library_path(native_build.isa())
     path.parent.mkdir()
-    path.write_bytes(content)
+    path.write_bytes(b"not a library")
+    path.with_suffix(".sha256").write_text(hashlib.sha256(b"not a library").hexdigest())
     with pytest.raises(BuildError, match=f"{path} does not load: ") as caught:
         native_build.load()
     assert caught.value.missing.mend == f"rm {path}"
+
+
+@needs_compiler
+def test_without_locks_the_builds_of_others_are_left_alone(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    (fresh / "build-of-another").mkdir(parents=True)
+    monkeypatch.setattr(native_build.fcntl, "flock", no_locks)
+    native_build.load()
+    assert (fresh / "build-of-another").is_dir()
+
+
+@needs_compiler
+def test_what_anyone_can_write_is_not_run(fresh: Path) -> None:
+    fresh.mkdir()
+    fresh.chmod(0o777)
+    with pytest.raises(BuildError, match=f"anyone can write {fresh}") as caught:
+        native_build.load()
+    assert caught.value.missing.mend == f"chmod o-w {fresh}"
+
+
+def test_the_lock_is_no_way_to_another_file(fresh: Path, tmp_path: Path) -> None:
+    fresh.mkdir()
+    (tmp_path / "precious").write_text("kept")
+    (fresh / "lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(BuildError, match="cannot write"):
+        native_build.load()
+    assert (tmp_path / "precious").read_text() == "kept"
 
 
 def test_where_the_library_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -49,8 +49,10 @@ def missing() -> Missing | None:
     imported proves nothing in releases after 2.3.2, and loads every model of theirs."""
     if not torch.cuda.is_available():
         if torch.version.cuda is None:
-            return Missing(f"torch {torch.__version__} is built without CUDA", "pip install torch from a CUDA index")
-        return Missing("torch finds no NVIDIA GPU", "see what nvidia-smi says, and CUDA_VISIBLE_DEVICES")
+            release = torch.__version__.partition("+")[0]
+            mend = f"pip install --force-reinstall torch=={release}  # PyPI's build for Linux has CUDA"
+            return Missing(f"torch {torch.__version__} is built without CUDA", mend)
+        return Missing("torch finds no NVIDIA GPU", "nvidia-smi; echo $CUDA_VISIBLE_DEVICES  # a GPU must be in both")
     for package, extension in EXTENSIONS.items():
         try:
             importlib.import_module(extension)

@@ -29,7 +29,7 @@ def missing() -> Missing | None:
     except ImportError as error:
         return Missing(f"triton cannot be imported ({error})", "pip install triton")
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        return Missing("there is no CUDA device", "run where nvidia-smi lists a GPU, with a CUDA build of torch")
+        return Missing("there is no CUDA device", "nvidia-smi  # must list a GPU, and torch must be a CUDA build")
     return None
 
 

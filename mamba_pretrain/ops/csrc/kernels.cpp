@@ -1,4 +1,4 @@
-// The C interface that ops/backends/native.py calls through ctypes: no PyTorch headers, so no ABI to match.
+// The C interface that native_ops.py and native_decode.py call through ctypes: no PyTorch headers, so no ABI to match.
 // `half`: activations (for decoding: matrices) are bf16, else fp32.
 #include "conv.h"
 #include "rows.h"

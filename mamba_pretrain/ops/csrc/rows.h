@@ -8,14 +8,14 @@ namespace {
 struct NormArgs {
   int64_t rows, width, threads, parts;
   const void* x;               // (rows, width)
-  const float *residual, *weight;  // null: no stream yet
+  const float *residual, *weight;  // residual null: no stream yet
   float* stream;               // residual + x
   void* y;
   float* scale;                // (rows): 1 / sqrt(mean(stream^2) + eps)
   float eps;
   const void* dy;
   const float* dstream;        // or null: zeros
-  void* dx;                    // or null: not wanted apart from dresidual
+  void* dx;
   float *dresidual, *dweight;  // (rows, width) or null; (parts, width): partial sums, the total in the first
 };
 
@@ -67,7 +67,7 @@ void norm_backward(const NormArgs& a) {
         const int lanes = (int)min64(LANES, D - i);
         vf d = load(dy + i, lanes) * load(a.weight + i, lanes) * scale - load(stream + i, lanes) * mean;
         if (a.dstream) d += load(a.dstream + r * D + i, lanes);
-        if (a.dx) store((X*)a.dx + r * D + i, d, lanes);
+        store((X*)a.dx + r * D + i, d, lanes);
         if (a.dresidual) store(a.dresidual + r * D + i, d, lanes);
       }
     }
