@@ -145,7 +145,7 @@ def against_peer(report: Report, model: MambaLM, options: argparse.Namespace) ->
     ):
         seconds = take_turns(alternatives(model, peer, settled, prompt, options.tokens), options.rounds)
     candidates = {
-        side: [n for n in seconds if n.startswith(side) and "our memory" not in n] for side in ("ours", "peer")
+        side: [n for n in seconds if n.startswith(side) and "large pages" not in n] for side in ("ours", "peer")
     }
     best = {side: min(names, key=lambda n: statistics.median(seconds[n])) for side, names in candidates.items()}
     for name, values in seconds.items():
