@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from mamba_pretrain.checkpoint import CheckpointError
 from mamba_pretrain.config import ConfigError
 from mamba_pretrain.data.shards import ShardError, open_split
 from mamba_pretrain.export.convert import export_checkpoint
+from mamba_pretrain.ops import dispatch
 from mamba_pretrain.train import run, steps
 from tests.helpers.corpora import make_dataset
 from tests.helpers.runs import losses, small_config
@@ -53,6 +55,22 @@ def test_a_changed_learning_rate_is_allowed_and_said(
         resumed = build(small_config(dataset, finished, "checkpoint.resume=auto", "optim.lr=5e-4"))
     assert resumed.state.step == 12
     assert "resuming with another optim.lr: was 0.001, is 0.0005" in caplog.text
+
+
+def test_other_kernels_are_said_whoever_chose_them(
+    dataset: Path, finished: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted = json.loads((finished / "checkpoints/step_00000012/manifest.json").read_text())["kernels"]
+    chosen = noted["selective_scan"]
+    other = "reference" if chosen != "reference" else "native"
+    with caplog.at_level("WARNING", logger="mamba_pretrain"):
+        build(small_config(dataset, finished, "checkpoint.resume=auto"))
+        assert "other kernels" not in caplog.text
+        monkeypatch.setenv("MAMBA_PRETRAIN_KERNELS", other)
+        build(small_config(dataset, finished, "checkpoint.resume=auto"))
+    assert f"selective_scan was on {chosen}, is on {other}" in caplog.text
+    monkeypatch.delenv("MAMBA_PRETRAIN_KERNELS")
+    dispatch.select("auto")
 
 
 def test_damaged_and_missing_shards_are_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -71,11 +71,6 @@ def choose(call: Call) -> ModuleType | None:
     return _decisions[key]
 
 
-def reasons(call: Call) -> dict[str, str | None]:
-    """For each backend of the call's device, in order: None if it can run the call, else why not."""
-    return {backend.NAME: _why_not(backend, call) for backend in ORDER.get(call.device, ())}
-
-
 def _why_not(backend: ModuleType, call: Call) -> str | None:
     if call.op not in backend.OPS:
         return _lacks(call)
