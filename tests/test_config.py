@@ -35,10 +35,14 @@ def test_every_problem_is_reported_at_once_with_the_nearest_name() -> None:
     [
         ("train.batch_tokens=500", "is not a multiple of data.seq_len (64): the nearest is 448 or 512"),
         ("train.batch_tokens=0", "train.batch_tokens is 0"),
+        ("train.engine=zer", "did you mean zero?"),
+        ("zero.stage=0", "in bf16 trains wrongly"),
+        ("zero.stage=4", "expected 1, 2 or 3"),
+        ("zero.offload_parameters=true", "needs zero.stage=3"),
+        ("fsdp.replicas=0", "fsdp.replicas is 0"),
         ("train.micro_batch_size=3", "which train.micro_batch_size (3) x 1 rank(s) does not divide"),
         ("train.tokens=1000", "give exactly one of train.steps and train.tokens: found 10 and 1000"),
         ("train.precision=bf15", "did you mean bf16?"),
-        ("train.engine=zer", "expected one of single"),
         ("model.variant=13m", "model.variant is '13m': did you mean 130m?"),
         ("model.d_conv=9", "model.d_conv is 9"),
         ("model.d_state=1000", "at most 256"),
@@ -80,8 +84,14 @@ def test_the_digest_follows_the_training_and_not_where_it_runs() -> None:
 
 
 def test_the_batch_must_divide_over_ranks() -> None:
-    c.load([], [*SMALL, "train.micro_batch_size=4"], world=2)
-    assert "x 3 rank(s) does not divide" in problems("train.micro_batch_size=4", world=3)[0]
+    fsdp = "train.engine=fsdp"
+    c.load([], [*SMALL, "train.micro_batch_size=4", fsdp], world=2)
+    assert "x 3 rank(s) does not divide" in problems("train.micro_batch_size=4", fsdp, world=3)[0]
+
+
+def test_one_process_engines_and_uneven_replicas_are_refused_on_several_ranks() -> None:
+    assert "train.engine is single, and this is one of 2 ranks" in "".join(problems(world=2))
+    assert "does not divide the 2 ranks" in "".join(problems("train.engine=fsdp", "fsdp.replicas=3", world=2))
 
 
 def test_later_sources_win_and_the_variant_is_below_all_of_them(tmp_path: Path) -> None:

@@ -1,10 +1,6 @@
-"""Every option of a run: dataclasses with their defaults, and the one way to fill them.
+"""Every option of a run: dataclasses with their defaults, their units in their names (`_tokens`, `_gib`, `_minutes`).
 
-Order of precedence, lowest first: the defaults below, the model variant's published shape, the YAML files in the order
-given, the command line's dotted overrides (``optim.lr=1e-3``). `load` reports every unknown key, wrong type and
-impossible combination at once. What can be computed from these fields is a property here and never a field.
-
-Units are in the names: `_tokens`, `_gib`, `_minutes`. This module imports neither torch nor the rest of the package.
+What can be computed from these fields is a property here and never a field. `loading` fills them.
 """
 
 from __future__ import annotations
@@ -13,14 +9,9 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, Optional, get_type_hints
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Optional
 
 # Shapes of the released checkpoints (state-spaces/mamba-130m ... mamba-2.8b, their config.json). Some tables in
 # circulation list 370m with 24 blocks, 790m as 1024 x 48 and 1.4b as 1536 x 48: those do not give the parameter
@@ -33,7 +24,7 @@ VARIANTS: dict[str, dict[str, int]] = {
     "2.8b": {"d_model": 2560, "n_layer": 64, "vocab_size": 50277},
 }
 
-ENGINES = ("single",)
+ENGINES = ("single", "zero", "fsdp")
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("cosine", "wsd")
 SINKS = ("console", "jsonl", "tensorboard", "wandb")
@@ -147,7 +138,7 @@ class OptimConfig:
             yield f"optim.eps is {self.eps}: it must be above 0"
         yield from _at_least(0, self, "optim", "weight_decay", "clip_norm")
         if self.schedule not in SCHEDULES:
-            yield f"optim.schedule is {self.schedule!r}: {_did_you_mean(self.schedule, SCHEDULES)}"
+            yield f"optim.schedule is {self.schedule!r}: {did_you_mean(self.schedule, SCHEDULES)}"
         elif self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
             yield "optim.warmup_fraction + optim.decay_fraction is above 1: warm-up and decay would overlap"
 
@@ -162,20 +153,57 @@ class TrainConfig:
     precision: str = "bf16"  # of matrix products; parameters, optimizer, norms and the scan's state are fp32
     activation_checkpointing: bool = False  # recompute each block in the backward: less memory, a third more FLOPs
     device: str = "auto"  # auto | cpu | cuda
-    engine: str = "single"
+    engine: str = "single"  # single: one process | zero: DeepSpeed, see `zero` | fsdp: PyTorch's FSDP2, see `fsdp`
     kernels: str = "auto"  # native | cuda | triton | reference: those only; auto: the fastest that can run each op
     init_from: Optional[str] = None  # a Hugging Face or mamba_ssm directory whose weights the run starts from
     max_nonfinite: int = 10  # stop after this many skipped steps in a row
+    hang_minutes: float = 15.0  # several ranks without progress for so long dump their stacks and end; 0: wait forever
 
     def problems(self) -> Iterator[str]:
         if (self.steps is None) == (self.tokens is None):
             yield f"give exactly one of train.steps and train.tokens: found {self.steps} and {self.tokens}"
         yield from _at_least(1, self, "train", "steps", "tokens", "batch_tokens", "micro_batch_size", "max_nonfinite")
-        yield from _at_least(0, self, "train", "seed")
+        yield from _at_least(0, self, "train", "seed", "hang_minutes")
         choices = {"precision": PRECISIONS, "device": ("auto", "cpu", "cuda"), "engine": ENGINES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                yield f"train.{name} is {getattr(self, name)!r}: {_did_you_mean(getattr(self, name), allowed)}"
+                yield f"train.{name} is {getattr(self, name)!r}: {did_you_mean(getattr(self, name), allowed)}"
+
+
+@dataclass
+class ZeroConfig:
+    """DeepSpeed. Its own configuration is derived from this one: `mamba-pretrain describe --deepspeed` prints it."""
+
+    stage: int = 1  # shards over all ranks 1: the optimizer, 2: and the gradients, 3: and the parameters
+    offload_optimizer: bool = False  # Adam's moments and the update itself on the CPU
+    offload_parameters: bool = False  # stage 3: parameters wait in CPU memory for their turn
+
+    def problems(self) -> Iterator[str]:
+        if self.stage == 0:
+            yield (
+                "zero.stage is 0, which shards nothing, and which in bf16 trains wrongly: DeepSpeed's optimizer for it "
+                "takes a step with zero gradients when it is made, so Adam's bias correction is off from then on. Use "
+                "zero.stage=1, or train.engine=fsdp with fsdp.replicas = the number of ranks"
+            )
+        elif self.stage not in (1, 2, 3):
+            yield f"zero.stage is {self.stage}: expected 1, 2 or 3"
+        if self.offload_parameters and self.stage != 3:
+            yield f"zero.offload_parameters needs zero.stage=3: in stage {self.stage} every rank computes with them all"
+
+
+@dataclass
+class FsdpConfig:
+    """PyTorch's FSDP2; the unit of sharding is the block."""
+
+    replicas: int = 1  # HSDP: groups of ranks that each hold a whole model, sharded within the group; 1: full shard
+    reshard_after_forward: bool = True  # False: parameters stay gathered until the backward; less traffic, more memory
+    prefetch: int = 1  # blocks gathered ahead of the one that computes; 0: none
+    offload: bool = False  # parameters, gradients and optimizer in CPU memory
+    compile_blocks: bool = False  # torch.compile of each block; the first step takes minutes
+
+    def problems(self) -> Iterator[str]:
+        yield from _at_least(1, self, "fsdp", "replicas")
+        yield from _at_least(0, self, "fsdp", "prefetch")
 
 
 @dataclass
@@ -194,6 +222,7 @@ class CheckpointConfig:
     every_minutes: float = 30.0  # 0: not by time
     keep_last: int = 2
     keep_every_steps: int = 0  # multiples of this are never deleted; 0: none is kept for good
+    asynchronous: bool = False  # training goes on while a snapshot of each rank's shards is written
     resume: str = "never"  # never: refuse a used run directory | auto: newest complete one | a checkpoint's path
 
     def problems(self) -> Iterator[str]:
@@ -214,9 +243,9 @@ class LogConfig:
             yield f"log.sinks is {self.sinks}: each sink once"
         for sink in self.sinks:
             if sink not in SINKS:
-                yield f"log.sinks holds {sink!r}: {_did_you_mean(sink, SINKS)}"
+                yield f"log.sinks holds {sink!r}: {did_you_mean(sink, SINKS)}"
         if self.wandb_mode not in ("offline", "online"):
-            yield f"log.wandb_mode is {self.wandb_mode!r}: {_did_you_mean(self.wandb_mode, ('offline', 'online'))}"
+            yield f"log.wandb_mode is {self.wandb_mode!r}: {did_you_mean(self.wandb_mode, ('offline', 'online'))}"
 
 
 @dataclass
@@ -226,6 +255,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -249,112 +280,13 @@ class Config:
     def digest(self) -> str:
         """Twelve hex digits that change with any option of the training itself, not with where and how it runs."""
         values = asdict(self)
-        for section, name in (("data", "path"), ("data", "workers"), ("data", "verify_gib"), ("train", "device")):
+        for section, name in (
+            *(("data", "path"), ("data", "workers"), ("data", "verify_gib")),
+            *(("train", "device"), ("train", "engine"), ("train", "hang_minutes")),
+        ):
             del values[section][name]
         kept = {section: values[section] for section in ("model", "data", "train", "optim")}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def validate(config: Config, world: int = 1) -> list[str]:
-    """All reasons why `config` cannot run on `world` ranks; empty when it can."""
-    problems = [
-        f"{key} is {value}: it must be a finite number"
-        for key, value in _leaves(asdict(config))
-        if isinstance(value, float) and not math.isfinite(value)
-    ]
-    problems += [p for part in _parts(config) for p in part.problems()]
-    if config.train.init_from is None:  # else the shape is that of the weights
-        for name in ("d_model", "n_layer"):
-            if getattr(config.model, name) is None:
-                problems.append(
-                    f"model.{name} is not set: name a model.variant ({', '.join(VARIANTS)}) or give the number"
-                )
-    train, seq_len = config.train, config.data.seq_len
-    if train.batch_tokens >= 1 and seq_len >= 1 and train.micro_batch_size >= 1:
-        if train.batch_tokens % seq_len:
-            lower = train.batch_tokens // seq_len * seq_len
-            near = f"{lower} or {lower + seq_len}" if lower else str(seq_len)
-            problems.append(
-                f"train.batch_tokens ({train.batch_tokens}) is not a multiple of data.seq_len ({seq_len}): "
-                f"the nearest is {near}"
-            )
-        elif config.sequences_per_step % (train.micro_batch_size * world):
-            problems.append(
-                f"train.batch_tokens / data.seq_len is {config.sequences_per_step} sequences a step, which "
-                f"train.micro_batch_size ({train.micro_batch_size}) x {world} rank(s) does not divide"
-            )
-    return problems
-
-
-def load(paths: Sequence[str | Path] = (), overrides: Sequence[str] = (), *, world: int = 1) -> Config:
-    """Resolves defaults, variant, YAML files and `key=value` overrides, in that order, and validates the result.
-
-    Raises ConfigError with every unknown key (and the nearest valid name), every value of a wrong type and every
-    impossible combination.
-    """
-    problems: list[str] = []
-    given: Any = OmegaConf.create({})
-    sources: list[tuple[str, Callable[[], Any]]] = [(str(path), partial(OmegaConf.load, path)) for path in paths]
-    for text in overrides:
-        if not text.partition("=")[0] or "=" not in text:
-            problems.append(f"override {text!r} is not of the form key=value, as in optim.lr=1e-3")
-        else:
-            sources.append((f"override {text!r}", partial(OmegaConf.from_dotlist, [text])))
-    for name, read in sources:
-        try:
-            given = OmegaConf.merge(given, read())
-        except FileNotFoundError:
-            problems.append(f"no such configuration file: {name}")
-        except Exception as error:  # yaml and OmegaConf raise a dozen types; all mean the same to the reader
-            problems.append(f"{name} is not a YAML mapping: {' '.join(str(error).split())}")
-    values = OmegaConf.to_container(given, resolve=False)
-    assert isinstance(values, dict), "merging mappings gives a mapping"
-    return from_dict(values, problems=problems, world=world)
-
-
-def from_dict(values: dict[Any, Any], *, problems: Sequence[str] = (), world: int = 1) -> Config:
-    """Builds a Config from nested plain values, e.g. those of a saved run; errors as in `load`."""
-    problems = list(problems)
-    config = OmegaConf.structured(Config)
-    known = dict(_schema(Config))
-    sections = {f.name for f in fields(Config) if f.default is MISSING}
-    leaves = {k: v for k, v in _leaves(values) if not (v is None and k in sections)}  # an empty section is no mistake
-    unread = set()
-    variant = leaves.get("model.variant")
-    if variant is not None and str(variant) not in VARIANTS:
-        problems.append(f"model.variant is {variant!r}: {_did_you_mean(str(variant), list(VARIANTS))}")
-    elif variant is not None:
-        leaves = {f"model.{name}": n for name, n in VARIANTS[str(variant)].items()} | leaves
-    for key, value in leaves.items():
-        if key not in known:
-            inside = any(name.startswith(f"{key}.") for name in known)
-            problems.append(
-                f"{key} is a section, not a value: found {value!r}"
-                if inside
-                else f"unknown key {key}: {_did_you_mean(key, list(known))}"
-            )
-            continue
-        if isinstance(value, float) and value.is_integer() and known[key] in (int, Optional[int]):
-            value = int(value)  # 3e11 is the natural way to write a token budget
-        try:
-            if isinstance(value, str) and ("${" in value or value == "???"):
-                raise OmegaConfBaseException("placeholders are not filled in: write the value")
-            OmegaConf.update(config, key, value)
-        except OmegaConfBaseException as error:
-            unread.add(key)
-            problems.append(f"{key} is {value!r}: {str(error).splitlines()[0]}")
-    result = OmegaConf.to_object(config)
-    assert isinstance(result, Config), "the structured schema is Config"
-    # What was not read has its default now: a problem that names it would be about a value nobody gave.
-    problems += [p for p in validate(result, world) if not any(key in p for key in unread)]
-    if problems:
-        raise ConfigError(problems)
-    return result
-
-
-def save(config: Config, path: str | Path) -> None:
-    """Writes the resolved configuration as YAML that `load` reads back to an equal Config."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def _at_least(bound: int, part: Any, section: str, *names: str) -> Iterator[str]:
@@ -364,28 +296,7 @@ def _at_least(bound: int, part: Any, section: str, *names: str) -> Iterator[str]
             yield f"{section}.{name} is {value}: it must be at least {bound}"
 
 
-def _parts(config: Config) -> Iterator[Any]:
-    return (getattr(config, f.name) for f in fields(config) if is_dataclass(getattr(config, f.name)))
-
-
-def _schema(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every option's dotted name and type."""
-    for name, kind in get_type_hints(cls).items():
-        if is_dataclass(kind):
-            yield from _schema(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
-        else:
-            yield f"{prefix}{name}", kind
-
-
-def _leaves(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _did_you_mean(found: str, allowed: Sequence[str]) -> str:
+def did_you_mean(found: str, allowed: Sequence[str]) -> str:
     """The nearest allowed name: of the whole dotted path, else one whose last part is nearest."""
     near = difflib.get_close_matches(found, allowed, n=1, cutoff=0.6)
     if not near:
