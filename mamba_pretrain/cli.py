@@ -29,6 +29,8 @@ from mamba_pretrain.model.describe import describe
 from mamba_pretrain.model.generate import GenerationError, generate
 from mamba_pretrain.model.law import LawError
 from mamba_pretrain.ops.call import KernelError
+from mamba_pretrain.plan.memory import peak
+from mamba_pretrain.plan.report import add_arguments, plan
 from mamba_pretrain.train import NonFiniteError, run
 
 EXIT_UNHEALTHY, EXIT_USER, EXIT_NONFINITE, EXIT_INTERRUPTED = 1, 2, 3, 130
@@ -89,13 +91,23 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _describe(arguments: argparse.Namespace) -> None:
+    config = _shaped_config(arguments)
+    print(describe(config, peak(config, 1, "native")[1]))
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    print(plan(_shaped_config(arguments), arguments))
+
+
+def _shaped_config(arguments: argparse.Namespace) -> Config:
+    """With the shape of the weights to start from, and the dataset's vocabulary."""
     config = _config(arguments)
     if config.train.init_from is not None:
         config.model = read_pretrained(Path(config.train.init_from)).config
     if config.model.vocab_size is None and config.data.path is not None and Path(config.data.path).is_dir():
         _, manifest = open_split(config.data.path, config.data.train_split)
         config.model.vocab_size = manifest.tokenizer.vocab_size
-    print(describe(config))
+    return config
 
 
 def _eval_perplexity(arguments: argparse.Namespace) -> None:
@@ -275,6 +287,15 @@ def _parser() -> argparse.ArgumentParser:
             "mamba-pretrain describe --config configs/pretrain/2.8b.yaml train.micro_batch_size=1",
         )
     )
+
+    planned = command(
+        "plan",
+        _plan,
+        "What a run needs on N GPUs with each engine: memory by part, traffic, time, cost, and the cheapest that fits.",
+        "mamba-pretrain plan --config configs/pretrain/1.4b.yaml --gpus 16 --gpu h100 --json plan.json",
+    )
+    configured(planned)
+    add_arguments(planned)
 
     perplexity = command(
         "eval",

@@ -18,23 +18,14 @@ import torch
 from tqdm import tqdm
 
 from mamba_pretrain.config import Config
-
-# Dense bf16 peak, FLOP/s, from NVIDIA's data sheets. A device that is not here has an unknown MFU, not a guessed one.
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA L40S": 362e12,
-}
+from mamba_pretrain.plan.gpus import peak_flops
 
 
 def mfu(flops_per_token: float, tokens_per_s: float, device: torch.device) -> float | None:
     """Model FLOPs utilisation, 0 to 1; None where the device's peak is unknown."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    peak = next((flops for known, flops in PEAK_FLOPS.items() if name.startswith(known)), None)
+    peak = peak_flops(torch.cuda.get_device_name(device))
     return None if peak is None else flops_per_token * tokens_per_s / peak
 
 

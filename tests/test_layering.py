@@ -18,7 +18,8 @@ ROOMS = {  # a room may import itself and what is listed here; the longest match
     "model": {"ops", "config"},
     "optim": {"model", "config"},
     "distributed": {"optim", "config", "model"},  # model: the type in the contract, for annotations
-    "metrics": {"config"},
+    "plan": {"config", "model", "ops", "distributed"},
+    "metrics": {"config", "plan.gpus"},
     "checkpoint": {"files", "config", "distributed.engine"},
     "evaluate": {"model", "data", "distributed.env", "metrics"},
     "export": {"model", "checkpoint", "config", "files", "data.tokenizer"},
@@ -37,6 +38,7 @@ ROOMS = {  # a room may import itself and what is listed here; the longest match
         "build",
         "distributed.env",
         "doctor",
+        "plan",
     },
     "data_prep": {"data.shards", "data.writer", "data.tokenizer", "files"},
     "launch": {"cli", "train", "distributed.env", "evaluate", "export", "data", "config", "checkpoint", "model"},

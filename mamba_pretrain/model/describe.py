@@ -5,27 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mamba_pretrain.config import Config, ModelConfig
-from mamba_pretrain.model.block import Block
+from mamba_pretrain.config import Config
 from mamba_pretrain.model.flops import forward_flops_by_part, parameters_by_part, training_flops_per_token
 from mamba_pretrain.model.law import decays, summary
 from mamba_pretrain.model.lm import MambaLM
-from mamba_pretrain.ops.cross_entropy import CHUNK_BYTES
 
 GIB = 2**30
 
 
-def describe(config: Config) -> str:
-    """The resolved run as text, for one process. Raises ConfigError where the vocabulary is not known."""
+def describe(config: Config, memory: dict[str, int]) -> str:
+    """The resolved run as text, for one process; `memory`: its bytes by part (see plan.memory).
+
+    Raises ConfigError where the vocabulary is not known.
+    """
     model = config.model
     parameters = parameters_by_part(model)
     total = sum(parameters.values())
     forward = forward_flops_by_part(model)
     flops, tokens = training_flops_per_token(model), config.steps * config.train.batch_tokens
     warmup = config.optim.warmup_steps(config.steps)
-    memory = memory_by_part(config)
     with torch.device("meta"):
         shapes = MambaLM(model)
     decay_of = {
@@ -42,7 +41,7 @@ def describe(config: Config) -> str:
         ),
         _table(
             f"Memory of one process, micro-batch {config.train.micro_batch_size} x {config.data.seq_len}",
-            ((name, f"{n / GIB:.3f} GiB", f"{n / sum(memory.values()):.1%}") for name, n in memory.items()),
+            ((name, f"{n / GIB:.3f} GiB", f"{n / sum(memory.values()):.1%}") for name, n in memory.items() if n),
             f"{sum(memory.values()) / GIB:.3f} GiB, and what the framework and the allocator add",
         ),
         _table(
@@ -68,53 +67,6 @@ def describe(config: Config) -> str:
         law_table(shapes, decay_of),
     ]
     return "\n\n".join(sections)
-
-
-def memory_by_part(config: Config) -> dict[str, int]:
-    """Bytes that one process holds at the peak of a step, with fp32 parameters, gradients and two moments.
-
-    Activations are what autograd saves of one block, measured on fake tensors, times the blocks.
-    """
-    model, train = config.model, config.train
-    parameters = 4 * sum(parameters_by_part(model).values())
-    positions = train.micro_batch_size * config.data.seq_len
-    block = _saved_by_block(model, train.micro_batch_size, config.data.seq_len, train.precision)
-    blocks, rows = model.need("n_layer"), model.padded_vocab_size
-    narrow = 4 if train.precision == "fp32" else 2
-    if train.activation_checkpointing:
-        activations = blocks * positions * model.need("d_model") * (4 + narrow) + block
-    else:
-        activations = blocks * block
-    return {
-        "parameters": parameters,
-        "gradients": parameters,
-        "Adam's moments": 2 * parameters,
-        "activations": activations,
-        # logits of one chunk, the head's gradient, and what the chunk adds to it
-        "loss": min(CHUNK_BYTES, narrow * positions * rows) + rows * model.need("d_model") * (4 + narrow),
-    }
-
-
-def _saved_by_block(model: ModelConfig, batch: int, length: int, precision: str) -> int:
-    """Bytes that autograd keeps between forward and backward of one block, its parameters aside."""
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        storages[id(storage)] = storage
-        return tensor
-
-    with FakeTensorMode():
-        block = Block(model)
-        hidden_BLD = torch.empty(batch, length, model.need("d_model"), requires_grad=True)
-        seq_idx_BL = torch.zeros(batch, length, dtype=torch.int32)
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"),
-        ):
-            block(hidden_BLD, hidden_BLD, seq_idx_BL, return_state=False)
-        own = {id(p.untyped_storage()) for p in block.parameters()}
-        return sum(s.nbytes() for key, s in storages.items() if key not in own)
 
 
 def law_table(model: MambaLM, decay_of: dict[str, float]) -> str:

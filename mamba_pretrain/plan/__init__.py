@@ -1,0 +1,1 @@
+"""What a run will need and take, before it costs anything: memory, traffic, time, and the cheapest layout that fits."""

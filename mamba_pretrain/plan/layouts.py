@@ -1,0 +1,135 @@
+"""The ways to lay a run out on N GPUs, what each needs, and the cheapest that fits."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mamba_pretrain.config import Config, ConfigError, validate
+from mamba_pretrain.plan.gpus import GPU
+from mamba_pretrain.plan.memory import PARTS, Moment, peak
+from mamba_pretrain.plan.roofline import Assumptions, StepTime, step_time
+
+# What the model of memory leaves out: CUDA's context, NCCL's and cuBLAS's buffers; and the allocator's fragments and
+# the model's own error, as a part of the peak. Assumed.
+RESERVED_BYTES = 2 * 2**30
+MARGIN = 0.1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way, with everything it costs."""
+
+    options: dict[str, Any]  # dotted names, as on the command line
+    moment: str  # when memory peaks
+    memory: Moment
+    time: StepTime
+    fits: bool
+    days: float
+    gpu_hours: float
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def words(self) -> str:
+        return " ".join(f"{name}={str(value).lower()}" for name, value in self.options.items())
+
+    def to_json(self) -> dict[str, Any]:
+        time = {**vars(self.time), "total": self.time.total}
+        memory = {name: self.memory[name] for name in PARTS} | {"total": self.bytes}
+        return {
+            "options": self.options,
+            "fits": self.fits,
+            "peak_at": self.moment,
+            "memory_bytes": memory,
+            "step": time,
+            "days": self.days,
+            "gpu_hours": self.gpu_hours,
+        }
+
+
+def compare(config: Config, world: int, gpu: GPU, assume: Assumptions) -> list[Layout]:
+    """Every engine and stage, with and without checkpointing, at the configuration's micro-batch.
+
+    Raises ConfigError where the batch cannot be divided so.
+    """
+    problems = validate(_with(config, {"train.engine": "single" if world == 1 else "zero"}), world)
+    if problems:
+        raise ConfigError(problems)
+    return [
+        _layout(config, engine | {"train.activation_checkpointing": again}, world, gpu, assume)
+        for engine in _engines(world, assume.gpus_per_node)
+        for again in (False, True)
+    ]
+
+
+def cheapest(config: Config, world: int, gpu: GPU, assume: Assumptions) -> Layout | None:
+    """The fastest layout that fits, over all engines, group sizes and micro-batches; None if none does."""
+    sequences = config.sequences_per_step // world
+    found = [
+        _layout(
+            config,
+            engine | {"train.activation_checkpointing": again, "train.micro_batch_size": micro_batch},
+            world,
+            gpu,
+            assume,
+        )
+        for engine in (*_engines(world, assume.gpus_per_node), *_rarer_engines(world))
+        for again in (False, True)
+        for micro_batch in _divisors(sequences)
+        if micro_batch <= 64
+    ]
+    return min(
+        (layout for layout in found if layout.fits), key=lambda layout: (layout.time.total, layout.bytes), default=None
+    )
+
+
+def _engines(world: int, gpus_per_node: int) -> Iterator[dict[str, Any]]:
+    if world == 1:
+        yield {"train.engine": "single"}
+        return
+    for stage in (1, 2, 3):
+        yield {"train.engine": "zero", "zero.stage": stage}
+    yield {"train.engine": "fsdp", "fsdp.replicas": 1}
+    if world > gpus_per_node and world % gpus_per_node == 0:
+        yield {"train.engine": "fsdp", "fsdp.replicas": world // gpus_per_node}
+
+
+def _rarer_engines(world: int) -> Iterator[dict[str, Any]]:
+    if world == 1:
+        yield {"train.engine": "zero", "zero.stage": 2, "zero.offload_optimizer": True}
+        return
+    for replicas in _divisors(world):
+        yield {"train.engine": "fsdp", "fsdp.replicas": replicas, "fsdp.reshard_after_forward": True}
+        yield {"train.engine": "fsdp", "fsdp.replicas": replicas, "fsdp.reshard_after_forward": False}
+    for stage in (2, 3):
+        yield {"train.engine": "zero", "zero.stage": stage, "zero.offload_optimizer": True}
+    yield {"train.engine": "fsdp", "fsdp.replicas": 1, "fsdp.offload": True}
+
+
+def _layout(config: Config, options: dict[str, Any], world: int, gpu: GPU, assume: Assumptions) -> Layout:
+    this = _with(config, options)
+    kernels = "triton" if this.train.kernels == "triton" else "cuda"
+    moment, memory = peak(this, world, kernels)
+    time = step_time(this, world, gpu, assume)
+    seconds = time.total * this.steps
+    fits = sum(memory.values()) * (1 + MARGIN) + RESERVED_BYTES <= gpu.memory
+    return Layout(options, moment, memory, time, fits, seconds / 86400, seconds / 3600 * world)
+
+
+def _with(config: Config, options: dict[str, Any]) -> Config:
+    changed = copy.deepcopy(config)
+    for name, value in options.items():
+        section, field = name.split(".")
+        setattr(getattr(changed, section), field, value)
+    return changed
+
+
+def _divisors(number: int) -> list[int]:
+    small = [i for i in range(1, math.isqrt(number) + 1) if number % i == 0]
+    return sorted({*small, *(number // i for i in small)})

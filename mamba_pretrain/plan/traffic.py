@@ -1,0 +1,58 @@
+"""Bytes that each rank sends in one optimizer step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from mamba_pretrain.config import Config
+from mamba_pretrain.model.flops import parameters_by_part
+from mamba_pretrain.plan.memory import shards
+
+RINGS = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}  # times (ranks - 1) / ranks of the tensor's bytes
+
+
+class Collective(NamedTuple):
+    """One tensor's bytes, moved `times` a step among `ranks`; `stride` apart in the order of ranks."""
+
+    what: str
+    kind: str
+    tensor_bytes: int
+    ranks: int
+    stride: int
+    times: int
+    overlaps: bool  # with computation
+
+    @property
+    def sent(self) -> float:
+        """Bytes by one rank in one step, on a ring."""
+        return RINGS[self.kind] * self.tensor_bytes * (self.ranks - 1) / self.ranks * self.times
+
+
+def collectives(config: Config, world: int) -> list[Collective]:
+    """What the engines exchange, all of it in fp32; norms and flags are left out."""
+    parts, micro_batches = parameters_by_part(config.model), config.accumulation(world)
+    p, engine, s = 4 * sum(parts.values()), config.train.engine, shards(config, world)
+    if engine == "single" or world == 1:
+        return []
+    if engine == "zero" and config.zero.stage < 3:
+        # DeepSpeed reduces a bucket to its owners by an all-reduce (use_multi_rank_bucket_allreduce); stage 2 keeps
+        # no whole gradients, so it does so for each micro-batch. overlap_comm is off.
+        times = micro_batches if config.zero.stage == 2 else 1
+        return [
+            Collective("gradients", "all-reduce", p, world, 1, times, False),
+            Collective("parameters", "all-gather", p, world, 1, 1, False),
+        ]
+    if engine == "zero":
+        return [
+            Collective("parameters", "all-gather", p, world, 1, 2 * micro_batches, True),
+            Collective("gradients", "reduce-scatter", p, world, 1, micro_batches, False),
+        ]
+    root = 4 * sum(parts.get(name, 0) for name in ("embedding", "norm_f", "lm_head"))
+    gathers = 2 if config.fsdp.reshard_after_forward else 1
+    found = [
+        Collective("embedding", "all-gather", root, s, 1, micro_batches, True),
+        Collective("blocks", "all-gather", p - root, s, 1, gathers * micro_batches, True),
+        Collective("gradients", "reduce-scatter", p, s, 1, 1, True),
+        Collective("gradients of replicas", "all-reduce", p // s, world // s, s, 1, True),
+    ]
+    return [c for c in found if c.ranks > 1]
