@@ -35,8 +35,11 @@ class TrainingStep:
         if keep:
             keep_freed_memory()
         self.config = shape(preset, length, batch, overrides)
-        self.model = MambaLM(self.config.model, seed=0).train()
-        self.engine = SingleEngine(self.model, self.config)
+        weights = MambaLM(self.config.model, seed=0).state_dict()
+        self.engine = SingleEngine(
+            lambda: MambaLM(self.config.model), weights.__getitem__, self.config, torch.device("cpu")
+        )
+        self.model = self.engine.module.train()
         generator = torch.Generator().manual_seed(0)
         self.ids_BL = torch.randint(self.config.model.need("vocab_size"), (batch, length), generator=generator)
         self.labels_BL = self.ids_BL.roll(-1, dims=1)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from mamba_pretrain.data.order import ORDER_VERSION
 from mamba_pretrain.data.packing import n_windows
 from mamba_pretrain.data.shards import Manifest, Shard, open_split, verify_up_to
 from mamba_pretrain.data.tokenizer import Tokenizer, dataset_tokenizer, load_tokenizer
-from mamba_pretrain.distributed.engine import Engine
+from mamba_pretrain.distributed.agreement import agree, code_digest
+from mamba_pretrain.distributed.engine import MODEL, OPTIMIZER, Engine, Values
+from mamba_pretrain.distributed.engines import make_engine
 from mamba_pretrain.distributed.env import DTYPES, bf16_is_native, check_precision, keep_freed_memory, resolve_device
-from mamba_pretrain.distributed.single import SingleEngine
+from mamba_pretrain.distributed.ranks import ALONE, Ranks
 from mamba_pretrain.export.pretrained import Pretrained, read_pretrained
 from mamba_pretrain.model.describe import law_table
-from mamba_pretrain.model.law import audit
+from mamba_pretrain.model.law import audit, initial_value
 from mamba_pretrain.model.lm import MambaLM
 from mamba_pretrain.ops import dispatch
 from mamba_pretrain.ops.selfcheck import self_check
@@ -54,6 +57,7 @@ class Run:
     manifest: Manifest
     tokenizer: Tokenizer
     device: torch.device
+    ranks: Ranks = ALONE
     kernels: dict[str, str] = field(default_factory=dict)  # which backend each op is trained on
 
     @property
@@ -74,44 +78,69 @@ class Run:
         }
 
 
-def build(config: Config) -> Run:
-    """Raises ConfigError, ShardError, CheckpointError or LawError before anything is written."""
-    device = resolve_device(config.train.device)
-    check_precision(config.train.precision, device)
-    dispatch.select(config.train.kernels)
+def build(config: Config, ranks: Ranks = ALONE) -> Run:
+    """Raises ConfigError, ShardError, CheckpointError or LawError before anything is written.
+
+    On several ranks, what one of them finds wrong ends them all, as does anything that they disagree about.
+    """
+    source: Pretrained | None = None
+    with ranks.together():
+        device = resolve_device(config.train.device, ranks.local_rank)
+        check_precision(config.train.precision, device)
+        dispatch.select(config.train.kernels)
+        train, validation, manifest, tokenizer = _open_data(config)
+        resume_from = _resume_from(config)
+        known = None
+        if config.train.init_from is not None and resume_from is None:
+            source = read_pretrained(Path(config.train.init_from))
+            _check_tokenizer(config, source, manifest)
+            known = source.config
+        elif config.train.init_from is not None and resume_from is not None:
+            known = ModelConfig(**checkpoint.read_manifest(resume_from)["identity"]["model"])
+        config = dataclasses.replace(config, model=_resolve_model(config.model, known, manifest))
+    agree(
+        ranks,
+        {
+            **_flat(asdict(config), without=("data.path", "data.verify_gib")),
+            "the data": manifest.fingerprint(config.data.train_split),
+            "the checkpoint to start from": None if resume_from is None else resume_from.name,
+            "the code of mamba_pretrain": code_digest(),
+            "torch": torch.__version__,
+        },
+    )
     if device.type == "cpu":
         keep_freed_memory()
     if config.train.precision == "bf16" and not bf16_is_native(device):
         log.warning("this CPU has no bf16 matrix products: they are emulated, and train.precision=fp32 is faster")
-    train, validation, manifest, tokenizer = _open_data(config)
-    resume_from = _resume_from(config)
-
-    source, known = None, None
-    if config.train.init_from is not None:
-        if resume_from is None:
-            source = read_pretrained(Path(config.train.init_from))
-            _check_tokenizer(config, source, manifest)
-            known = source.config
-        else:
-            known = ModelConfig(**checkpoint.read_manifest(resume_from)["identity"]["model"])
-    config = dataclasses.replace(config, model=_resolve_model(config.model, known, manifest))
 
     fresh = source is None and resume_from is None
-    model = MambaLM(config.model, seed=config.train.seed if fresh else None)
-    if source is not None:
-        model.load_state_dict(source.weights)
+    with torch.device("meta"):
+        shapes = MambaLM(config.model)
+    values: Values | None = None
+    if fresh:
+        shape_of = {name: parameter.shape for name, parameter in shapes.named_parameters()}
+        values = partial(_draw, shape_of, config)
+    elif source is not None:
+        values = source.weights.__getitem__
         log.info("starting from the %s weights in %s", source.source_format, config.train.init_from)
-    model.backbone.activation_checkpointing = config.train.activation_checkpointing
-    run = Run(
-        config, SingleEngine(model.to(device), config), TrainState(), train, validation, manifest, tokenizer, device
-    )
+
+    def make_model() -> MambaLM:
+        model = MambaLM(config.model)
+        model.backbone.activation_checkpointing = config.train.activation_checkpointing
+        return model
+
+    engine = make_engine(make_model, values, config, device, ranks)
+    run = Run(config, engine, TrainState(), train, validation, manifest, tokenizer, device, ranks)
     run.kernels = _announce_kernels(run)
     if resume_from is not None:
         _restore(run, resume_from)
-    decay = config.optim.weight_decay
-    audit(model.named_parameters(), config.model, run.engine.decay_of, decay=decay, fresh=fresh)
-    log.info("%s\n", law_table(model, run.engine.decay_of))
+    audit(engine.full_parameters(), config.model, engine.decay_of, decay=config.optim.weight_decay, fresh=fresh)
+    log.info("%s\n", law_table(shapes, engine.decay_of))
     return run
+
+
+def _draw(shape_of: dict[str, torch.Size], config: Config, name: str) -> torch.Tensor:
+    return initial_value(name, shape_of[name], config.model, config.train.seed)
 
 
 def _announce_kernels(run: Run) -> dict[str, str]:
@@ -218,7 +247,7 @@ def _resume_from(config: Config) -> Path | None:
 
 def _restore(run: Run, path: Path) -> None:
     """Fills engine and state, after the proof that this is the same training on the same data."""
-    manifest = checkpoint.verify(path)
+    manifest = checkpoint.verify(path, run.ranks)
     saved, current = _flat(manifest["identity"]), _flat(run.identity)
     changed = [
         f"{k} was {saved.get(k)!r}, is {current.get(k)!r}" for k in current | saved if saved.get(k) != current.get(k)
@@ -228,6 +257,9 @@ def _restore(run: Run, path: Path) -> None:
             f"{path} is of another run, and going on would not be the same training: {'; '.join(changed)}. "
             "Undo the change, or start a new run_dir from these weights with train.init_from"
         )
+    world = manifest.get("ranks", 1)
+    if world != run.ranks.world:
+        log.warning("resuming on %d ranks what was saved on %d: losses will agree to rounding", run.ranks.world, world)
     before, now = asdict(config_module.load([path / checkpoint.CONFIG])), asdict(run.config)
     for part in ("train", "optim"):
         for key, value in now[part].items():
@@ -239,7 +271,7 @@ def _restore(run: Run, path: Path) -> None:
                 "resuming on other kernels, so losses will agree to rounding and no further: %s was on %s, is on %s",
                 *(op, backend, run.kernels.get(op)),
             )
-    run.engine.load(path)
+    run.engine.load({part: checkpoint.open_part(path, manifest, part) for part in (MODEL, OPTIMIZER)})
     run.state = TrainState(**json.loads((path / checkpoint.STATE).read_text()))
     log.info("resumed from %s", path)
     if run.state.step >= run.config.steps:
@@ -247,6 +279,12 @@ def _restore(run: Run, path: Path) -> None:
         log.warning("%s is at step %d of %d: %s", path, run.state.step, run.config.steps, finished)
 
 
-def _flat(identity: dict[str, Any]) -> dict[str, Any]:
-    model = {f"model.{k}": v for k, v in identity["model"].items()}
-    return model | {k: v for k, v in identity.items() if k != "model"}
+def _flat(values: dict[str, Any], without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Nested sections as one dictionary with dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= {f"{key}.{k}": v for k, v in _flat(value).items()}
+        else:
+            found[key] = value
+    return {key: value for key, value in found.items() if key not in without}

@@ -1,10 +1,8 @@
-"""The `mamba-pretrain` command: each subcommand parses its words and calls one function."""
+"""The `mamba-pretrain` command: parses the words of each subcommand, and turns errors into exit codes."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import logging
 import os
 import sys
@@ -12,28 +10,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mamba_pretrain import commands
 from mamba_pretrain.checkpoint import CheckpointError
-from mamba_pretrain.config import PRECISIONS, Config, ConfigError, DataConfig, load
+from mamba_pretrain.config import PRECISIONS, ConfigError
 from mamba_pretrain.data.loader import LoaderError
-from mamba_pretrain.data.packing import n_windows
-from mamba_pretrain.data.shards import ShardError, open_split, verify_up_to
-from mamba_pretrain.data.tokenizer import TokenizerError, dataset_tokenizer, load_tokenizer
-from mamba_pretrain.distributed.env import EXIT_PREEMPTED, autocast, keep_freed_memory, resolve_device
-from mamba_pretrain.doctor import examine
-from mamba_pretrain.evaluate.perplexity import EvaluationError, PerplexityResult, evaluate_documents, evaluate_windows
-from mamba_pretrain.evaluate.report import ReportError, plot_run
-from mamba_pretrain.export.convert import export_checkpoint, import_pretrained
+from mamba_pretrain.data.shards import ShardError
+from mamba_pretrain.data.tokenizer import TokenizerError
+from mamba_pretrain.distributed.env import EXIT_PREEMPTED
+from mamba_pretrain.distributed.ranks import PeerError, find_ranks
+from mamba_pretrain.evaluate.perplexity import EvaluationError
+from mamba_pretrain.evaluate.report import ReportError
 from mamba_pretrain.export.formats import FormatError
-from mamba_pretrain.export.pretrained import build_model, read_pretrained
-from mamba_pretrain.model.describe import describe
-from mamba_pretrain.model.generate import GenerationError, generate
+from mamba_pretrain.model.generate import GenerationError
 from mamba_pretrain.model.law import LawError
 from mamba_pretrain.ops.call import KernelError
-from mamba_pretrain.plan.memory import peak
-from mamba_pretrain.plan.report import add_arguments, plan
-from mamba_pretrain.train import NonFiniteError, run
+from mamba_pretrain.plan.report import add_arguments
+from mamba_pretrain.train import NonFiniteError
 
-EXIT_UNHEALTHY, EXIT_USER, EXIT_NONFINITE, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXIT_USER, EXIT_NONFINITE, EXIT_INTERRUPTED = 2, 3, 130
 USER_ERRORS = (
     ConfigError,
     ShardError,
@@ -66,6 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.setLevel(logging.WARNING if arguments.command == "generate" else logging.NOTSET)
     try:
         return int(arguments.function(arguments) or 0)
+    except PeerError as error:  # the rank that failed says why; rank 0's output is what many look at
+        if find_ranks().first:
+            print(f"mamba-pretrain {arguments.command}: error\n{error}", file=sys.stderr)
+        return EXIT_USER
     except USER_ERRORS as error:
         print(f"mamba-pretrain {arguments.command}: error\n{error}", file=sys.stderr)
         return EXIT_USER
@@ -84,153 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_NONFINITE
 
 
-def _train(arguments: argparse.Namespace) -> int:
-    if arguments.resume is not None:
-        arguments.overrides.append(f"checkpoint.resume={arguments.resume}")
-    return run(_config(arguments))
-
-
-def _describe(arguments: argparse.Namespace) -> None:
-    config = _shaped_config(arguments)
-    print(describe(config, peak(config, 1, "native")[1]))
-
-
-def _plan(arguments: argparse.Namespace) -> None:
-    print(plan(_shaped_config(arguments), arguments))
-
-
-def _shaped_config(arguments: argparse.Namespace) -> Config:
-    """With the shape of the weights to start from, and the dataset's vocabulary."""
-    config = _config(arguments)
-    if config.train.init_from is not None:
-        config.model = read_pretrained(Path(config.train.init_from)).config
-    if config.model.vocab_size is None and config.data.path is not None and Path(config.data.path).is_dir():
-        _, manifest = open_split(config.data.path, config.data.train_split)
-        config.model.vocab_size = manifest.tokenizer.vocab_size
-    return config
-
-
-def _eval_perplexity(arguments: argparse.Namespace) -> None:
-    if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise EvaluationError(f"--json {arguments.json}: there is no directory {arguments.json.parent}")
-    source = read_pretrained(arguments.model)
-    keep_freed_memory()
-    device = resolve_device(arguments.device)
-    model = build_model(source).to(device)
-    wanted = None if source.tokenizer_file is None else load_tokenizer(source.tokenizer_file).sha256
-    shard, manifest = open_split(arguments.data, arguments.split, tokenizer_sha256=wanted)
-    trained_on = source.run.data if source.run else DataConfig()
-    verify_up_to(arguments.data, [arguments.split], trained_on.verify_gib)
-    protocols = ["documents", "windows"] if arguments.protocol == "both" else [arguments.protocol]
-    seq_len = trained_on.seq_len if arguments.window is None else arguments.window
-    if "windows" in protocols and n_windows(shard, seq_len) == 0:
-        reason = f"{shard.path} has {shard.n_tokens:,} tokens: no window of {seq_len:,} and one more to predict"
-        if arguments.protocol == "windows":
-            raise EvaluationError(f"{reason}. Choose a smaller --window, or --protocol documents")
-        log.warning("%s; fixed windows are left out", reason)
-        protocols.remove("windows")
-    results = []
-    if "documents" in protocols:
-        results.append(
-            evaluate_documents(
-                model,
-                shard,
-                adds_bos=manifest.adds_bos,
-                tokenizer=dataset_tokenizer(arguments.data, manifest),
-                not_round_trip=manifest.not_round_trip,
-                max_documents=arguments.max_documents,
-                precision=arguments.precision,
-                progress=True,
-            )
-        )
-    if "windows" in protocols:
-        results.append(
-            evaluate_windows(
-                model,
-                shard,
-                seq_len=seq_len,
-                reset_documents=trained_on.reset_documents,
-                batch=arguments.batch,
-                max_windows=None,
-                precision=arguments.precision,
-            )
-        )
-    names = {"checkpoint": str(arguments.model), "config_hash": source.run.digest() if source.run else "-"}
-    print(PerplexityResult.markdown_header())
-    for result in results:
-        print(result.markdown_row(**names))
-    for reason in filter(None, [result.missing for result in results]):
-        log.warning("%s", reason)
-    if arguments.json is not None:
-        arguments.json.write_text("[" + ",\n".join(result.to_json(**names) for result in results) + "]\n")
-
-
-def _plot(arguments: argparse.Namespace) -> None:
-    for path in plot_run(arguments.run, arguments.output or arguments.run):
-        print(path)
-
-
-def _export(arguments: argparse.Namespace) -> None:
-    export_checkpoint(
-        arguments.source, arguments.target, to=arguments.to, dtype=arguments.dtype, overwrite=arguments.overwrite
-    )
-    print(arguments.target)
-
-
-def _import(arguments: argparse.Namespace) -> None:
-    import_pretrained(
-        arguments.source, arguments.target, from_format=arguments.from_format, overwrite=arguments.overwrite
-    )
-    print(arguments.target)
-
-
-def _generate(arguments: argparse.Namespace) -> None:
-    source = read_pretrained(arguments.model)
-    device = resolve_device(arguments.device)
-    model = build_model(source).to(device).eval()
-    tokenizer = load_tokenizer(arguments.tokenizer or source.tokenizer_file or arguments.model)
-    try:
-        arguments.prompt.encode()
-    except UnicodeEncodeError as error:
-        raise GenerationError("--prompt is not UTF-8: give its bytes in that encoding") from error
-    prompt_ids = tokenizer.encode(arguments.prompt)
-    if source.facts.get("adds_bos", True):  # as the documents it was trained on; other formats do not tell
-        prompt_ids = [tokenizer.bos_id, *prompt_ids]
-    elif not prompt_ids:
-        prompt_ids = [tokenizer.eod_id]  # a document begins where the last one ended
-    tokens = generate(
-        model,
-        prompt_ids,
-        max_tokens=arguments.max_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        stop_ids=(tokenizer.eod_id,),
-        vocab_size=min(tokenizer.vocab_size, source.config.need("vocab_size")),
-    )
-    with autocast(arguments.precision, device):
-        pieces = tokenizer.stream(tokens, context=prompt_ids)
-        first = next(pieces, "")  # before anything is printed: here the model works for the first time
-        for text in itertools.chain([arguments.prompt, first], pieces):
-            sys.stdout.write(text)
-            sys.stdout.flush()
-    sys.stdout.write("\n")
-
-
-def _doctor(arguments: argparse.Namespace) -> int:
-    report = examine()
-    print(json.dumps(report.to_json(), indent=1) if arguments.json else report)
-    failures = report.failures(tuple(arguments.require))
-    for failure in failures:
-        log.error("%s", failure)
-    return EXIT_UNHEALTHY if failures else 0
-
-
-def _config(arguments: argparse.Namespace) -> Config:
-    return load(arguments.config, arguments.overrides)
-
-
 def _count(text: str) -> int:
     """An argument of 1 or more."""
     if not text.isdecimal() or int(text) < 1:
@@ -240,10 +91,10 @@ def _count(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mamba-pretrain", description="Pretrains Mamba-1 language models.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, function: Callable[[argparse.Namespace], int | None], text: str, example: str) -> Any:
-        sub = commands.add_parser(
+        sub = subcommands.add_parser(
             name, help=text, description=text, epilog=f"example:\n  {example}", formatter_class=_Help
         )
         sub.set_defaults(function=function)
@@ -267,12 +118,13 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command(
         "train",
-        _train,
+        commands.run_train,
         "Train, evaluate and checkpoint. On SIGTERM, SIGINT or SIGUSR1 the run saves itself and leaves with exit code "
         f"{EXIT_PREEMPTED}; start it again with --resume auto.",
         "mamba-pretrain train --config configs/pretrain/130m.yaml --resume auto data.path=data/pile optim.lr=1e-3",
     )
     configured(train)
+    train.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed CLI adds it; the environment says it too
     train.add_argument(
         "--resume",
         metavar="auto|never|DIR",
@@ -282,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     configured(
         command(
             "describe",
-            _describe,
+            commands.run_describe,
             "Print the resolved run: parameters, FLOPs and memory by part, steps, tokens, the law of each parameter.",
             "mamba-pretrain describe --config configs/pretrain/2.8b.yaml train.micro_batch_size=1",
         )
@@ -290,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
 
     planned = command(
         "plan",
-        _plan,
+        commands.run_plan,
         "What a run needs on N GPUs with each engine: memory by part, traffic, time, cost, and the cheapest that fits.",
         "mamba-pretrain plan --config configs/pretrain/1.4b.yaml --gpus 16 --gpu h100 --json plan.json",
     )
@@ -299,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
 
     perplexity = command(
         "eval",
-        _eval_perplexity,
+        commands.run_eval_perplexity,
         "Measure a model: perplexity per token and word, bits per byte.",
         "mamba-pretrain eval perplexity --model runs/x/checkpoints/step_00001000 --data data/pile --json ppl.json",
     )
@@ -323,14 +175,17 @@ def _parser() -> argparse.ArgumentParser:
     perplexity.add_argument("--json", type=Path, help="also write every figure here")
 
     plot = command(
-        "plot", _plot, "Draw a run's loss and validation perplexity as PNG.", "mamba-pretrain plot runs/quickstart"
+        "plot",
+        commands.run_plot,
+        "Draw a run's loss and validation perplexity as PNG.",
+        "mamba-pretrain plot runs/quickstart",
     )
     plot.add_argument("run", type=Path, help="a run directory")
     plot.add_argument("--output", type=Path, help="directory of the PNGs (default: the run's)")
 
     export = command(
         "export",
-        _export,
+        commands.run_export,
         "Write a checkpoint for transformers or for mamba_ssm: safetensors, config.json, tokenizer.",
         "mamba-pretrain export runs/x/checkpoints/step_00001000 exported --to hf",
     )
@@ -341,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
 
     imported = command(
         "import",
-        _import,
+        commands.run_import,
         "Read a Hugging Face or mamba_ssm directory into ours. (To train from one, train.init_from takes it as it is.)",
         "mamba-pretrain import mamba-130m-hf models/mamba-130m --from hf",
     )
@@ -353,10 +208,10 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = command(
         "doctor",
-        _doctor,
+        commands.run_doctor,
         "Which kernels work on this machine, for each that does not the reason and the command that mends it, "
         "versions, CPU and GPU, and a check of parity and speed. "
-        f"Exit code {EXIT_UNHEALTHY} if a device has no fast kernels.",
+        f"Exit code {commands.EXIT_UNHEALTHY} if a device has no fast kernels.",
         "mamba-pretrain doctor --require cuda || exit 1",
     )
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -366,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
 
     text = command(
         "generate",
-        _generate,
+        commands.run_generate,
         "Continue a text. Every token costs the same time and memory, however long the text is.",
         "mamba-pretrain generate --model runs/x/checkpoints/step_00001000 --prompt 'My fellow' --temperature 0.8",
     )

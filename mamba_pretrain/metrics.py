@@ -146,7 +146,8 @@ class WandB:
 class Sinks:
     """All sinks of a run as one."""
 
-    def __init__(self, config: Config, run_dir: Path, first_step: int) -> None:
+    def __init__(self, config: Config, run_dir: Path, first_step: int, *, writes: bool = True) -> None:
+        """With `writes` false, on all ranks but one, there are none."""
         self._stack = ExitStack()
         self._sinks: list[Sink] = []
         make: dict[str, Any] = {
@@ -155,7 +156,7 @@ class Sinks:
             "tensorboard": lambda: TensorBoard(run_dir, first_step),
             "wandb": lambda: WandB(config, run_dir),
         }
-        for name in config.log.sinks:
+        for name in config.log.sinks if writes else ():
             sink: Sink = make[name]()
             self._stack.callback(sink.close)
             self._sinks.append(sink)
@@ -168,10 +169,13 @@ class Sinks:
         self._stack.close()
 
 
-def append_ledger(path: Path, *, step: int, samples: Sequence[int], loss: float, result: Any) -> None:
+def append_ledger(
+    path: Path, *, step: int, samples: Sequence[int], loss: float, loss_by_rank: Sequence[float], result: Any
+) -> None:
     """Notes a skipped step and syncs it: what the batch was (global sample positions), what was not finite."""
     with path.open("a") as file:
         entry = {"step": step, "samples": list(samples), "loss": str(loss), "grad_norm": str(result.grad_norm)}
+        entry["loss_by_rank"] = [str(part) for part in loss_by_rank]
         file.write(json.dumps({**entry, "loss_scale": result.loss_scale, "time": time.time()}) + "\n")
         file.flush()
         os.fsync(file.fileno())

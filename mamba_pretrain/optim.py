@@ -32,41 +32,49 @@ def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
     return config.lr + (config.min_lr - config.lr) * min(1.0, max(0.0, progress))
 
 
-def param_groups(named: Iterable[tuple[str, nn.Parameter]], model: ModelConfig, decay: float) -> list[dict[str, Any]]:
-    """Two AdamW groups, split by the decay law of the names; each keeps its parameters' names under "names"."""
+def param_groups(
+    named: Iterable[tuple[str, nn.Parameter]], model: ModelConfig, config: OptimConfig
+) -> list[dict[str, Any]]:
+    """Two AdamW groups, split by the decay law of the names; each keeps its parameters' names under "names".
+
+    The law goes by name, because a sharded parameter has neither its shape nor its attributes any more. What takes no
+    gradient is in neither group.
+    """
     groups = [
-        {"params": [], "names": [], "weight_decay": decay},
+        {"params": [], "names": [], "weight_decay": config.weight_decay},
         {"params": [], "names": [], "weight_decay": 0.0},
     ]
     for name, parameter in named:
-        group = groups[0] if decays(name, model) else groups[1]
-        group["params"].append(parameter)  # type: ignore[attr-defined]
-        group["names"].append(name)  # type: ignore[attr-defined]
+        if parameter.requires_grad:
+            group = groups[0] if decays(name, model) else groups[1]
+            group["params"].append(parameter)  # type: ignore[attr-defined]
+            group["names"].append(name)  # type: ignore[attr-defined]
     return groups
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's AdamW, except that the vocabulary's padding rows keep their values.
+def padding_rows(name: str, shape: tuple[int, ...], start: int, flat: Tensor, model: ModelConfig) -> Tensor:
+    """The part of `flat` (elements of the flattened parameter from `start` on) that is the vocabulary's padding."""
+    if not name.endswith(("embedding.weight", "lm_head.weight")):
+        return flat[:0]
+    first = model.need("vocab_size") * shape[1]
+    return flat[max(0, first - start) :]
 
-    Those rows are no tokens and their gradient is always zero (see ops.cross_entropy), so Adam leaves them alone;
-    only the decoupled decay would move them.
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, except that the tensors in `frozen` keep their values.
+
+    Those are the vocabulary's padding rows. They are no tokens and their gradient is always zero (see
+    ops.cross_entropy), so Adam leaves them alone; only the decoupled decay would move them.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], model: ModelConfig, config: OptimConfig) -> None:
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
         super().__init__(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-        self._padding: list[Tensor] = []
-        if model.padded_vocab_size != model.vocab_size:
-            self._padding = [
-                parameter.detach()[model.need("vocab_size") :]
-                for group in groups
-                for name, parameter in zip(group["names"], group["params"], strict=True)
-                if name.endswith(("embedding.weight", "lm_head.weight"))
-            ]
+        self.frozen: list[Tensor] = []
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        before = [rows.clone() for rows in self._padding]
+        before = [rows.clone() for rows in self.frozen]
         result = super().step(closure)
-        for rows, kept in zip(self._padding, before, strict=True):
+        for rows, kept in zip(self.frozen, before, strict=True):
             rows.copy_(kept)
         return result

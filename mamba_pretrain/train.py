@@ -24,19 +24,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamba_pretrain import checkpoint
 from mamba_pretrain import config as config_module
 from mamba_pretrain.build import Run, build
 from mamba_pretrain.config import Config, ConfigError
 from mamba_pretrain.data.loader import WindowDataset, batches
 from mamba_pretrain.data.packing import IGNORE
 from mamba_pretrain.distributed.engine import StepResult
-from mamba_pretrain.distributed.env import EXIT_PREEMPTED, Preemption, autocast
+from mamba_pretrain.distributed.env import EXIT_PREEMPTED, Preemption, autocast, resolve_device
+from mamba_pretrain.distributed.ranks import connected, find_ranks
+from mamba_pretrain.distributed.watch import Watch
 from mamba_pretrain.evaluate.perplexity import evaluate_windows
 from mamba_pretrain.metrics import Sinks, append_ledger, mfu, peak_memory_gib
 from mamba_pretrain.model.flops import training_flops_per_token
 from mamba_pretrain.model.lm import LMOutput
 from mamba_pretrain.optim import lr_at
+from mamba_pretrain.saver import Saver
+
+OUTCOME = "outcome.json"
 
 log = logging.getLogger("mamba_pretrain")
 
@@ -52,63 +56,80 @@ class Step:
     loss: float  # nats per target token, mean over the global batch
     lr: float
     result: StepResult
-    samples: list[int]  # global positions of the batch
+    samples: range  # global positions of the batch
+    loss_by_rank: list[float]  # of a skipped step: what each rank adds to the loss
     seconds: float
     data_seconds: float  # of those, waiting for the loader
 
 
 def run(config: Config) -> int:
     """Trains to the end (exit code 0) or to a signal (EXIT_PREEMPTED, saved). Raises what a user must see."""
-    directory = Path(config.run_dir)
-    with only_run_in(directory), Preemption() as preemption:
-        this = build(config)
+    ranks, directory = find_ranks(), Path(config.run_dir)
+    with contextlib.ExitStack() as stack:
+        if ranks.world > 1 or config.train.engine != "single":
+            stack.enter_context(connected(ranks, resolve_device(config.train.device, ranks.local_rank)))
+        with ranks.together():
+            if ranks.first:
+                stack.enter_context(only_run_in(directory))
+        preemption = stack.enter_context(Preemption())
+        watch = stack.enter_context(Watch(ranks, config.train.hang_minutes, directory, preemption))
+        this = build(config, ranks)
         config, state = this.config, this.state
-        config_module.save(config, directory / "config.yaml")
+        if ranks.first:
+            config_module.save(config, directory / "config.yaml")
         log.info("from step %d to %d, %d tokens each", state.step, config.steps, config.train.batch_tokens)
-        sinks, saver, recent = Sinks(config, directory, state.step), Saver(this), Recent()
-        skipped_in_a_row = 0
-        try:
-            _evaluate_if_due(this, sinks)  # what a stop may have kept the checkpoint's step from
-            for step in steps(this):
-                recent.add(step)
-                skipped_in_a_row = _note_skip(this, step, skipped_in_a_row) if step.result.skipped else 0
-                stop = preemption.received  # read once: a signal from here on is the next step's
-                saving = state.step == config.steps or saver.due() or stop is not None
-                if saving or state.step % config.log.every_steps == 0:
-                    # Also before every save: what is not logged by then would be missing after a resume.
-                    sinks.write(recent.record(this))
-                    recent = Recent()
-                if saving:
-                    saver.save()
-                if stop is not None and state.step < config.steps:
-                    log.warning("%s: saved step %s, leaving", stop.name, state.step)
-                    return EXIT_PREEMPTED
-                _evaluate_if_due(this, sinks)
-        finally:
-            sinks.close()
+        sinks = stack.enter_context(contextlib.closing(Sinks(config, directory, state.step, writes=ranks.first)))
+        saver = stack.enter_context(contextlib.closing(Saver(this)))
+        recent, skipped_in_a_row = Recent(), 0
+        _evaluate_if_due(this, sinks, watch)  # what a stop may have kept the checkpoint's step from
+        for step in steps(this):
+            watch.beat()
+            recent.add(step)
+            skipped_in_a_row = _note_skip(this, step, skipped_in_a_row) if step.result.skipped else 0
+            # What any rank was told, all do: stop, save by rank 0's clock, commit a save when all have written theirs.
+            reason = preemption.reason  # read once: a signal from here on is the next step's
+            told = ranks.sum(reason is not None, ranks.first and saver.due_by_time(), saver.written)
+            stop, saving_by_time, written = told[0] > 0, told[1] > 0, told[2] == ranks.world
+            if written:
+                saver.commit()
+            saving = state.step == config.steps or saver.due_by_step() or saving_by_time or stop
+            if saving or state.step % config.log.every_steps == 0:
+                # Also before every save: what is not logged by then would be missing after a resume.
+                sinks.write(recent.record(this))
+                recent = Recent()
+            if saving:
+                saver.save()
+                watch.beat()
+            if stop and state.step < config.steps:
+                saver.commit()
+                _leave(this, reason)
+                return EXIT_PREEMPTED
+            _evaluate_if_due(this, sinks, watch)
+        saver.commit()
+        write_outcome(this, "finished")
     return 0
 
 
 def steps(run: Run) -> Iterator[Step]:
     """Trains to the last step, one optimizer step at a time; `run.state` is up to date at each yield."""
-    config, engine, state = run.config, run.engine, run.state
+    config, engine, state, ranks = run.config, run.engine, run.state, run.ranks
     dataset = WindowDataset(run.train, config.data.seq_len, config.train.seed, config.model.need("vocab_size"))
     loader = batches(
         dataset,
         micro_batch_size=config.train.micro_batch_size,
         first_sample=state.samples,
-        rank=0,
-        world=1,
+        rank=ranks.rank,
+        world=ranks.world,
         workers=config.data.workers,
     )
-    accumulation = config.accumulation(world=1)
+    accumulation = config.accumulation(ranks.world)
     engine.module.train()
     while state.step < config.steps:
         began = time.perf_counter()
         micro_batches = [next(loader) for _ in range(accumulation)]
         data_seconds = time.perf_counter() - began
-        # The loss is a mean over the whole batch's targets, however unevenly packing spreads them.
-        targets = max(1, sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches))
+        # The loss is a mean over the whole batch's targets, however unevenly packing spreads them over the ranks.
+        targets = max(1, int(ranks.sum(sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches))[0]))
         total = torch.zeros((), device=run.device)
         for i, batch in enumerate(micro_batches):
             loss = _loss_sum(run, batch) / targets
@@ -117,12 +138,15 @@ def steps(run: Run) -> Iterator[Step]:
         lr = lr_at(state.step, config.steps, config.optim)
         result = engine.step(lr)
 
+        samples = range(state.samples, state.samples + config.sequences_per_step)
         state.step += 1
         state.samples += config.sequences_per_step
         state.tokens += config.train.batch_tokens
         state.epoch = state.samples // dataset.n_windows
-        samples = [s for batch in micro_batches for s in batch["samples"].tolist()]
-        yield Step(total.item(), lr, result, samples, time.perf_counter() - began, data_seconds)
+        loss_by_rank = ranks.gather(total.item()) if result.skipped else ranks.sum(total.item())
+        yield Step(
+            math.fsum(loss_by_rank), lr, result, samples, loss_by_rank, time.perf_counter() - began, data_seconds
+        )
 
 
 def _loss_sum(run: Run, batch: dict[str, Tensor]) -> Tensor:
@@ -135,7 +159,7 @@ def _loss_sum(run: Run, batch: dict[str, Tensor]) -> Tensor:
     return output.loss_sum
 
 
-def _evaluate_if_due(run: Run, sinks: Sinks) -> None:
+def _evaluate_if_due(run: Run, sinks: Sinks, watch: Watch) -> None:
     """Scores the validation split, where there is one, every n steps and at the end."""
     config, step = run.config, run.state.step
     every = config.eval.every_steps
@@ -149,6 +173,9 @@ def _evaluate_if_due(run: Run, sinks: Sinks) -> None:
         batch=config.train.micro_batch_size,
         max_windows=config.eval.max_windows,
         precision=config.train.precision,
+        device=run.device,
+        ranks=run.ranks,
+        progress=watch.beat,
     )
     figures = {"loss": result.nats_per_token, "perplexity": result.perplexity}
     sinks.write({"kind": "eval", "step": step, "tokens": run.state.tokens, **figures})
@@ -161,7 +188,6 @@ class Recent:
         self.steps: list[Step] = []
 
     def add(self, step: Step) -> None:
-        step.samples = step.samples if step.result.skipped else []
         self.steps.append(step)
 
     def record(self, run: Run) -> dict[str, Any]:
@@ -180,54 +206,28 @@ class Recent:
             "averaged_steps": len(losses),
             "skipped_steps": len(self.steps) - len(losses),
             "tokens_per_s": tokens_per_s,
-            "mfu": mfu(training_flops_per_token(run.config.model), tokens_per_s, run.device),
+            "mfu": mfu(training_flops_per_token(run.config.model), tokens_per_s / run.ranks.world, run.device),
             "time/step_s": seconds / len(self.steps),
             "time/data_loading_s": sum(step.data_seconds for step in self.steps) / len(self.steps),
             "memory/peak_gib": peak_memory_gib(run.device),
         }
 
 
-class Saver:
-    """When to save, and what."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.directory, self.saved_at = run, run.directory / "checkpoints", time.monotonic()
-        checkpoint.clean(self.directory)
-
-    def due(self) -> bool:
-        options, step = self.run.config.checkpoint, self.run.state.step
-        by_step = options.every_steps and step % options.every_steps == 0
-        by_time = options.every_minutes and time.monotonic() - self.saved_at > 60 * options.every_minutes
-        return bool(by_step or by_time)
-
-    def save(self) -> None:
-        run, options = self.run, self.run.config.checkpoint
-
-        def write_files(directory: Path) -> None:
-            run.engine.save(directory)
-            run.tokenizer.save(directory)
-            (directory / checkpoint.STATE).write_text(json.dumps(asdict(run.state), indent=1) + "\n")
-
-        facts = {
-            "kind": "checkpoint",
-            "step": run.state.step,
-            "identity": run.identity,
-            "tokenizer": asdict(run.manifest.tokenizer),
-            "adds_bos": run.manifest.adds_bos,
-            "kernels": run.kernels,
-            "config_digest": run.config.digest(),
-        }
-        target = checkpoint.step_directory(self.directory, run.state.step)
-        checkpoint.write(target, run.config, facts, write_files)
-        checkpoint.rotate(self.directory, keep_last=options.keep_last, keep_every_steps=options.keep_every_steps)
-        self.saved_at = time.monotonic()
-
-
 def _note_skip(run: Run, step: Step, in_a_row: int) -> int:
     """Writes the skipped step down and returns how many there are in a row now; too many end the run."""
     ledger = run.directory / "nonfinite.jsonl"
-    append_ledger(ledger, step=run.state.step, samples=step.samples, loss=step.loss, result=step.result)
-    log.warning("step %s skipped: loss %s, gradient norm %s", run.state.step, step.loss, step.result.grad_norm)
+    if run.ranks.first:
+        append_ledger(
+            ledger,
+            step=run.state.step,
+            samples=step.samples,
+            loss=step.loss,
+            loss_by_rank=step.loss_by_rank,
+            result=step.result,
+        )
+    culprits = [rank for rank, loss in enumerate(step.loss_by_rank) if not math.isfinite(loss)]
+    where = f" (on rank {', '.join(map(str, culprits))})" if culprits and run.ranks.world > 1 else ""
+    log.warning("step %s skipped: loss %s%s, gradient norm %s", run.state.step, step.loss, where, step.result.grad_norm)
     if in_a_row + 1 >= run.config.train.max_nonfinite:
         raise NonFiniteError(
             f"{in_a_row + 1} steps in a row had a loss or gradient that is not finite; the last is step "
@@ -237,6 +237,21 @@ def _note_skip(run: Run, step: Step, in_a_row: int) -> int:
     return in_a_row + 1
 
 
+def _leave(run: Run, reason: str | None) -> None:
+    """Says, and writes down, on whose word the run saved itself and ends."""
+    told = [f"{text} on rank {rank}" for rank, text in enumerate(run.ranks.gather(reason)) if text]
+    why = ", ".join(dict.fromkeys(told)) if run.ranks.world > 1 else str(reason)
+    log.warning("%s: saved step %s, leaving", why, run.state.step)
+    write_outcome(run, "preempted", why)
+
+
+def write_outcome(run: Run, outcome: str, why: str | None = None) -> None:
+    """outcome.json tells how the last process ended, where a launcher swallows exit codes; absent after a failure."""
+    if run.ranks.first:
+        text = json.dumps({"outcome": outcome, "step": run.state.step, "why": why, "time": time.time()})
+        (run.directory / OUTCOME).write_text(text + "\n")
+
+
 @contextlib.contextmanager
 def only_run_in(directory: Path) -> Iterator[None]:
     """Makes the run directory and holds its lock: two runs must not write the same checkpoints.
@@ -244,6 +259,7 @@ def only_run_in(directory: Path) -> Iterator[None]:
     A run that ends before it has written anything leaves no directory.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / OUTCOME).unlink(missing_ok=True)
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:

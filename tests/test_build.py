@@ -104,7 +104,7 @@ def test_training_goes_on_from_an_exported_model_by_one_key(dataset: Path, finis
         shape = ("model.d_model=null", "model.n_layer=null", "model.d_state=16", f"train.init_from={tmp_path / form}")
         started = build(small_config(dataset, tmp_path / f"from_{form}", *shape))
         assert started.config.model == dataclasses.replace(small_config(dataset, tmp_path).model, vocab_size=257)
-        assert all(torch.equal(v, weights[k]) for k, v in started.engine.full_state_dict().items())
+        assert all(torch.equal(v, weights[k]) for k, v in started.engine.full_parameters())
         first = next(iter(steps(started)))
         assert first.loss < losses(finished)[1] - 0.02
     clash = small_config(dataset, tmp_path / "clash", "model.d_state=8", f"train.init_from={tmp_path / 'hf'}")

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from mamba_pretrain import checkpoint
 from mamba_pretrain.checkpoint import CheckpointError
 from mamba_pretrain.config import Config, ModelConfig, TrainConfig
-from mamba_pretrain.distributed.engine import OPTIMIZER
 from mamba_pretrain.files import sha256_of
 
 CONFIG = Config(model=ModelConfig(d_model=16, n_layer=1, vocab_size=16), train=TrainConfig(steps=1))
@@ -27,7 +26,7 @@ def save(directory: Path, step: int, elements: int = 100, overwrite: bool = Fals
 
     def write_files(target: Path) -> None:
         save_file({"weight": torch.full((elements,), float(step))}, target / checkpoint.MODEL)
-        save_file({"exp_avg.weight": torch.zeros(elements)}, target / OPTIMIZER)
+        save_file({"exp_avg.weight": torch.zeros(elements)}, target / "optimizer.safetensors")
         (target / checkpoint.STATE).write_text(json.dumps({"step": step}))
 
     target = checkpoint.step_directory(directory, step)

@@ -16,17 +16,19 @@ ROOMS = {  # a room may import itself and what is listed here; the longest match
     "data": {"files"},
     "ops": set(),
     "model": {"ops", "config"},
+    "pieces": set(),
     "optim": {"model", "config"},
-    "distributed": {"optim", "config", "model"},  # model: the type in the contract, for annotations
+    "distributed": {"optim", "config", "model", "pieces"},  # model: the type in the contract, for annotations
     "plan": {"config", "model", "ops", "distributed"},
     "metrics": {"config", "plan.gpus"},
-    "checkpoint": {"files", "config", "distributed.engine"},
-    "evaluate": {"model", "data", "distributed.env", "metrics"},
+    "checkpoint": {"files", "config", "pieces", "distributed.engine", "distributed.ranks"},
+    "evaluate": {"model", "data", "distributed.env", "distributed.ranks", "metrics"},
     "export": {"model", "checkpoint", "config", "files", "data.tokenizer"},
     "build": {"checkpoint", "config", "data", "distributed", "export", "model", "ops", "optim"},
-    "train": {"build", "checkpoint", "config", "data", "distributed", "evaluate", "metrics", "model", "optim"},
+    "saver": {"build", "checkpoint", "pieces"},
+    "train": {"build", "saver", "config", "data", "distributed", "evaluate", "metrics", "model", "optim"},
     "doctor": {"ops", "distributed.env"},
-    "cli": {
+    "commands": {
         "train",
         "evaluate",
         "export",
@@ -37,14 +39,29 @@ ROOMS = {  # a room may import itself and what is listed here; the longest match
         "checkpoint",
         "build",
         "distributed.env",
+        "distributed.ranks",
         "doctor",
         "plan",
+    },
+    "cli": {
+        "commands",
+        "checkpoint",
+        "config",
+        "data",
+        "distributed.env",
+        "distributed.ranks",
+        "evaluate",
+        "export",
+        "model",
+        "ops",
+        "plan",
+        "train",
     },
     "data_prep": {"data.shards", "data.writer", "data.tokenizer", "files"},
     "launch": {"cli", "train", "distributed.env", "evaluate", "export", "data", "config", "checkpoint", "model"},
 }
 # Where a package is optional, or heavy and needed by one command only, it is imported when it is used.
-LAZY = {"metrics", "cli", "evaluate", "data_prep", "launch", "ops.backends"}
+LAZY = {"metrics", "commands", "evaluate", "data_prep", "launch", "ops.backends", "distributed.zero"}
 HEAVY = {
     "data_prep": "torch",
     "config": "torch",

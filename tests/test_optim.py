@@ -7,7 +7,7 @@ import torch
 
 from mamba_pretrain.config import ModelConfig, OptimConfig
 from mamba_pretrain.model.lm import MambaLM
-from mamba_pretrain.optim import AdamW, lr_at, param_groups
+from mamba_pretrain.optim import AdamW, lr_at, padding_rows, param_groups
 
 MODEL = ModelConfig(d_model=16, n_layer=2, vocab_size=13)
 DECAYING = ("embedding.weight", "in_proj.weight", "conv1d.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight")
@@ -39,7 +39,7 @@ def test_short_runs_have_finite_rates_within_bounds(schedule: str, steps: int) -
 
 def test_only_matrices_decay() -> None:
     model = MambaLM(MODEL, seed=0)
-    groups = param_groups(model.named_parameters(), MODEL, 0.1)
+    groups = param_groups(model.named_parameters(), MODEL, OptimConfig())
     decay = {name: group["weight_decay"] for group in groups for name in group["names"]}
     assert set(decay) == {name for name, _ in model.named_parameters()}
     for name, value in decay.items():
@@ -50,7 +50,9 @@ def test_padding_rows_of_the_vocabulary_never_move() -> None:
     model = MambaLM(MODEL, seed=0)
     assert MODEL.padded_vocab_size == 16
     before = model.backbone.embedding.weight.detach().clone()
-    optimizer = AdamW(param_groups(model.named_parameters(), MODEL, 0.1), MODEL, OptimConfig(lr=0.1))
+    optimizer = AdamW(param_groups(model.named_parameters(), MODEL, OptimConfig()), OptimConfig(lr=0.1))
+    flat = model.backbone.embedding.weight.detach().view(-1)
+    optimizer.frozen = [padding_rows("backbone.embedding.weight", (16, 16), 0, flat, MODEL)]
     for _ in range(3):
         ids = torch.randint(0, 13, (2, 8))
         loss = model(ids, ids).loss_sum

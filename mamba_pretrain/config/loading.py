@@ -15,8 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from mamba_pretrain.config.options import VARIANTS, Config, ConfigError, did_you_mean
 
 
-def validate(config: Config, world: int = 1) -> list[str]:
-    """All reasons why `config` cannot run on `world` ranks; empty when it can."""
+def validate(config: Config, world: int | None = None) -> list[str]:
+    """All reasons why `config` cannot run on `world` ranks (None: on any number); empty when it can."""
     problems = [
         f"{key} is {value}: it must be a finite number"
         for key, value in _leaves(asdict(config))
@@ -38,22 +38,22 @@ def validate(config: Config, world: int = 1) -> list[str]:
                 f"train.batch_tokens ({train.batch_tokens}) is not a multiple of data.seq_len ({seq_len}): "
                 f"the nearest is {near}"
             )
-        elif config.sequences_per_step % (train.micro_batch_size * world):
+        elif config.sequences_per_step % (train.micro_batch_size * (world or 1)):
             problems.append(
                 f"train.batch_tokens / data.seq_len is {config.sequences_per_step} sequences a step, which "
-                f"train.micro_batch_size ({train.micro_batch_size}) x {world} rank(s) does not divide"
+                f"train.micro_batch_size ({train.micro_batch_size}) x {world or 1} rank(s) does not divide"
             )
-    if train.engine == "single" and world > 1:
+    if train.engine == "single" and (world or 1) > 1:
         problems.append(
             f"train.engine is single, and this is one of {world} ranks: each would train the same model by itself. "
             "Use train.engine=zero or fsdp, or start one process"
         )
-    if train.engine == "fsdp" and config.fsdp.replicas >= 1 and world % config.fsdp.replicas:
+    if train.engine == "fsdp" and world is not None and config.fsdp.replicas >= 1 and world % config.fsdp.replicas:
         problems.append(f"fsdp.replicas is {config.fsdp.replicas}, which does not divide the {world} ranks")
     return problems
 
 
-def load(paths: Sequence[str | Path] = (), overrides: Sequence[str] = (), *, world: int = 1) -> Config:
+def load(paths: Sequence[str | Path] = (), overrides: Sequence[str] = (), *, world: int | None = None) -> Config:
     """Resolves the options' defaults, the variant's published shape, YAML files in the order given, and `key=value`
     overrides (``optim.lr=1e-3``), lowest precedence first, and validates the result for `world` ranks.
 
@@ -80,7 +80,7 @@ def load(paths: Sequence[str | Path] = (), overrides: Sequence[str] = (), *, wor
     return from_dict(values, problems=problems, world=world)
 
 
-def from_dict(values: dict[Any, Any], *, problems: Sequence[str] = (), world: int = 1) -> Config:
+def from_dict(values: dict[Any, Any], *, problems: Sequence[str] = (), world: int | None = None) -> Config:
     """Builds a Config from nested plain values, e.g. those of a saved run; errors as in `load`."""
     problems = list(problems)
     config = OmegaConf.structured(Config)

@@ -2,47 +2,52 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from mamba_pretrain.model.lm import MambaLM
+from mamba_pretrain.pieces import Piece, Pieces
 
-# What `save` writes and `load` reads. DeepSpeed, FSDP or one process: the same names and shapes.
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+# The parts of a checkpoint: parameters by name; Adam's moments as "exp_avg.NAME" and "exp_avg_sq.NAME", and scalars.
+MODEL, OPTIMIZER = "model", "optimizer"
 
 
 class StepResult(NamedTuple):
     grad_norm: float  # global L2 norm before clipping
-    skipped: bool  # the loss or a gradient was not finite, and the parameters were left alone
+    skipped: bool  # a loss or a gradient on some rank was not finite, and the parameters were left alone
     loss_scale: float  # 1 unless fp16
 
 
 class Engine(Protocol):
-    """What a trainer may ask.
+    """What a trainer may ask. On several ranks, all of them call each method, in the same order.
 
     The caller hands over losses that are sums divided by the GLOBAL number of target tokens; the engine SUMS gradients
-    over ranks. It keeps no schedule: the learning rate comes with each step.
+    over ranks. It keeps no schedule: the learning rate comes with each step. It writes no files: all engines give
+    their state in the same pieces, which is why what one has saved, any other can load.
     """
 
-    module: MambaLM
+    module: MambaLM  # or what DeepSpeed wraps it in, which is called alike
 
     @property
     def decay_of(self) -> dict[str, float]:
         """The weight decay that the optimizer, as it stands, applies to each parameter it knows."""
 
     def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
-        """Accumulates gradients. Ranks communicate no earlier than the step's last micro-batch."""
+        """Accumulates gradients. (ZeRO-2 and 3 also exchange them, other engines only at the last micro-batch.)"""
 
     def step(self, lr: float) -> StepResult:
         """Clips, updates the parameters (or skips, where something is not finite) and clears the gradients."""
 
-    def save(self, directory: Path) -> None:
-        """Writes model.safetensors and optimizer.safetensors, names and values independent of the engine."""
+    def state(self) -> dict[str, list[Piece]]:
+        """This rank's pieces of MODEL and OPTIMIZER: views of what training works on. No communication."""
 
-    def load(self, directory: Path) -> None:
-        """Restores what `save` wrote, to the bit."""
+    def load(self, parts: dict[str, Pieces]) -> None:
+        """Restores what `state` gave, of any engine on any number of ranks; to the bit."""
 
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """All parameters by name, whole, fp32, on the CPU."""
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter by name, whole, one at a time, on the device. All ranks must take all of them."""
+
+
+Values = Callable[[str], Tensor]  # a parameter's value by its name: whole, fp32, on the CPU

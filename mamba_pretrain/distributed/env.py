@@ -12,6 +12,7 @@ import torch
 from mamba_pretrain.config import ConfigError
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the run saved itself on a signal; start it again to go on
+EXIT_HUNG = 4  # no progress for train.hang_minutes: every rank has written its stacks
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,11 +31,18 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def resolve_device(name: str) -> torch.device:
-    """auto takes a GPU where there is one."""
+def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
+    """auto takes a GPU where there is one; ranks of one host take one each. ConfigError where there are too few."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError(["train.device is cuda, and torch sees no GPU here: use train.device=cpu"])
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank is None:
+        return torch.device("cuda")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError([f"this is rank {local_rank} of its host, which has {torch.cuda.device_count()} GPU(s)"])
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -60,21 +68,24 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 class Preemption(AbstractContextManager["Preemption"]):
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the trainer reads between steps.
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a reason to stop that the trainer reads between steps.
 
     A second SIGINT raises KeyboardInterrupt at once, for someone who does not want to wait for the save. Earlier
     handlers come back at the end.
     """
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+        self.reason: str | None = None
         self._interrupted = False
+
+    def request(self, reason: str) -> None:
+        self.reason = reason
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
         self._interrupted |= number == signal.SIGINT
-        self.received = signal.Signals(number)
+        self.request(signal.Signals(number).name)
 
     def __enter__(self) -> Preemption:
         self._earlier = {number: signal.signal(number, self._handle) for number in SIGNALS}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mamba_pretrain.data.packing import IGNORE, n_windows
@@ -31,6 +31,7 @@ from mamba_pretrain.data.packing import window as read_window
 from mamba_pretrain.data.shards import Shard
 from mamba_pretrain.data.tokenizer import Tokenizer
 from mamba_pretrain.distributed.env import DTYPES, autocast
+from mamba_pretrain.distributed.ranks import ALONE, Ranks
 from mamba_pretrain.model.block import MambaState
 from mamba_pretrain.model.lm import MambaLM
 
@@ -150,7 +151,7 @@ def evaluate_documents(
     tokens = 0
     state = MambaState.zeros(model.config, len(spans), device)
     offsets = range(0, spans[0][1] - spans[0][0], window)
-    with _evaluating(model, precision):
+    with _evaluating(model, precision, device):
         for offset in tqdm(offsets, desc="perplexity", unit="window", disable=None if progress else True):
             reading = [span for span in spans if span[0] + offset < span[1]]
             rows = [_lane_window(shard, span, offset, window, vocab_size) for span in reading]
@@ -189,8 +190,14 @@ def evaluate_windows(
     batch: int,
     max_windows: int | None = None,
     precision: str = "fp32",
+    device: torch.device | None = None,
+    ranks: Ranks = ALONE,
+    progress: Callable[[], object] = lambda: None,
 ) -> PerplexityResult:
     """Scores fixed windows, each from zero state: all, or `max_windows` spread evenly over the split, always the same.
+
+    `device`: where the model computes, if not where its parameters lie. `ranks`, which all must call this, score an
+    equal share each; `progress` is called at every batch.
 
     `reset_documents`: the state starts anew at each document, as in training with the option of that name. The first
     token of a document is never scored. Raises EvaluationError where the split is shorter than a window.
@@ -206,23 +213,30 @@ def evaluate_windows(
         )
     began = time.perf_counter()
     vocab_size = model.config.need("vocab_size")
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device if device is None else device
     nats = torch.zeros((), dtype=torch.float64, device=device)
     tokens = 0
     chosen = [i * available // count for i in range(count)]
-    with _evaluating(model, precision):
-        for first in range(0, count, batch):
-            rows = [read_window(shard, i, seq_len, vocab_size=vocab_size) for i in chosen[first : first + batch]]
+    mine = chosen[ranks.rank :: ranks.world]
+    with _evaluating(model, precision, device):
+        # A sharded model is gathered by all ranks together, so each takes as many batches as the one with most windows.
+        for first in range(0, -(-count // ranks.world), batch):
+            own = mine[first : first + batch]
+            rows = [read_window(shard, i, seq_len, vocab_size=vocab_size) for i in own or chosen[:1]]
             ids, labels, seq_idx = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+            if not own:
+                labels.fill_(IGNORE)
+            progress()
             tokens += int((labels != IGNORE).sum())
             documents = seq_idx.to(device) if reset_documents else None
             nats += _sum(model(ids.to(device), labels.to(device), documents, return_state=False).loss_sum)
+    all_nats, all_tokens = ranks.sum(nats.item(), tokens)
     across = "documents reset" if reset_documents else "state flows across documents"
     return PerplexityResult(
         protocol=f"{count} of {available} windows of {seq_len} tokens, each from zero state, {across}, {precision}",
-        tokens=tokens,
-        unscored_tokens=count * seq_len - tokens,
-        nats=nats.item(),
+        tokens=int(all_tokens),
+        unscored_tokens=count * seq_len - int(all_tokens),
+        nats=all_nats,
         vocab_size=vocab_size,
         seconds=time.perf_counter() - began,
     )
@@ -270,14 +284,15 @@ def _lane_window(
 
 
 @contextmanager
-def _evaluating(model: MambaLM, precision: str) -> Iterator[None]:
+def _evaluating(model: nn.Module, precision: str, device: torch.device) -> Iterator[None]:
     """Evaluation mode without gradients, matrix products in `precision`; afterwards the model is as it was."""
     if precision not in DTYPES:
         raise EvaluationError(f"precision is {precision!r}: expected one of {', '.join(DTYPES)}")
-    was_training, device = model.training, next(model.parameters()).device
+    was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), autocast(precision, device):
+        # Not inference_mode: what it gathers of a sharded model could not be trained on afterwards.
+        with torch.no_grad(), autocast(precision, device):
             yield
     finally:
         model.train(was_training)

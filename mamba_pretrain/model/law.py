@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,9 +82,15 @@ def initialize(module: nn.Module, config: ModelConfig, seed: int) -> None:
     the device, on the other parameters, or on which rank draws it. A backbone and the language model around it agree.
     """
     for name, parameter in module.named_parameters():
-        key = hashlib.blake2b(f"{seed}/{name.removeprefix('backbone.')}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
-        parameter.copy_(kind_of(name, config).draw(torch.empty(parameter.shape), generator))
+        parameter.copy_(initial_value(name, parameter.shape, config, seed))
+
+
+def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
+    """The initial value of one parameter: a CPU tensor, drawn as `initialize` says."""
+    key = hashlib.blake2b(f"{seed}/{name.removeprefix('backbone.')}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
+    with torch.device("cpu"):
+        return kind_of(name, config).draw(torch.empty(shape), generator)
 
 
 def audit(
@@ -106,7 +112,7 @@ def audit(
         if parameter.dtype != torch.float32:
             found.append(f"{name} is {parameter.dtype}: parameters are fp32, autocast makes the bf16 copies")
         due = decay if kind.decays else 0.0
-        if name not in decay_of or not parameter.requires_grad:
+        if name not in decay_of:
             found.append(f"{name} is in no parameter group, or takes no gradient: it would never be trained")
         elif decay_of[name] != due:
             found.append(f"{name} has weight decay {decay_of[name]}: due is {due}")

@@ -106,6 +106,10 @@ class MambaLM(nn.Module):
         if seed is not None:
             initialize(self, config, seed)
 
+    def sharding_units(self) -> list[nn.Module]:
+        """The modules whose parameters are best gathered together, in the order in which they compute."""
+        return list(self.backbone.layers)
+
     @property
     def head_weight_VD(self) -> Tensor:
         return self.backbone.embedding.weight if self.config.tie_embeddings else self.lm_head.weight

@@ -43,9 +43,9 @@ def test_autocast_sets_the_dtype_of_matrix_products(precision: str, dtype: torch
 def test_a_signal_sets_the_flag_and_earlier_handlers_come_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with Preemption() as preemption:
-        assert preemption.received is None
+        assert preemption.reason is None
         os.kill(os.getpid(), number)
-        assert preemption.received == number
+        assert preemption.reason == number.name
     assert signal.getsignal(number) == before
 
 

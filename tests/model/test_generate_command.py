@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mamba_pretrain import cli
+from mamba_pretrain import commands
 from mamba_pretrain.data.tokenizer import load_tokenizer
 from mamba_pretrain.model.lm import MambaLM
 from tests.helpers.native import sentencepiece_model, small_model, write_checkpoint
@@ -37,7 +37,7 @@ def test_spaces_between_tokens_are_printed(
     def tokens(*_: object, **__: object) -> Iterator[int]:
         yield from continued
 
-    monkeypatch.setattr(cli, "generate", tokens)
+    monkeypatch.setattr(commands, "generate", tokens)
     assert generate(model, "--prompt", prompt) == 0
     assert capsys.readouterr().out == text + "\n"
 

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mamba_pretrain.config import ModelConfig
+from mamba_pretrain.config import ModelConfig, OptimConfig
 from mamba_pretrain.model.law import LawError, audit, decays, initialize, kind_of
 from mamba_pretrain.model.lm import Mamba, MambaLM
+from mamba_pretrain.optim import param_groups
 
 DECAY = 0.1
 
@@ -222,15 +223,22 @@ def test_values_are_those_of_mamba_ssm() -> None:
     assert embedding.std().item() == pytest.approx(0.02, rel=0.01)
 
 
+def trained_by(model: nn.Module, config: ModelConfig) -> dict[str, float]:
+    """What the optimizer's own groups say."""
+    found = param_groups(model.named_parameters(), config, OptimConfig(weight_decay=DECAY))
+    return {name: group["weight_decay"] for group in found for name in group["names"]}
+
+
 def test_a_matrix_that_does_not_decay_or_takes_no_gradient_is_caught() -> None:
     config = shape()
     model = MambaLM(config, seed=0)
     name = "backbone.layers.0.mixer.in_proj.weight"
+    assert trained_by(model, config) == groups(model, config)
     with pytest.raises(LawError, match=rf"{name} has weight decay 0.0: due is {DECAY}"):
         audit(model.named_parameters(), config, groups(model, config) | {name: 0.0}, decay=DECAY, fresh=True)
     model.get_parameter(name).requires_grad_(False)
     with pytest.raises(LawError, match=f"{name} is in no parameter group, or takes no gradient"):
-        check(model, config)
+        audit(model.named_parameters(), config, trained_by(model, config), decay=DECAY, fresh=True)
 
 
 def test_values_that_are_not_finite_are_caught_in_a_resumed_model_too() -> None:

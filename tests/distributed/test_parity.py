@@ -1,0 +1,31 @@
+"""One loss curve, whichever engine trains, on real ranks over gloo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.engines import ENGINES, Curve, alone, relative, train
+from tests.helpers.processes import on_ranks
+
+
+@pytest.fixture(scope="module")
+def reference(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Curve:
+    return alone(dataset, tmp_path_factory.mktemp("alone"))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_losses_norms_and_weights_are_those_of_one_process(
+    name: str, dataset: Path, tmp_path: Path, reference: Curve
+) -> None:
+    world, options = ENGINES[name]
+    curves = on_ranks(world, train, dataset, tmp_path, *options)
+    assert all(curve.losses == curves[0].losses and curve.norms == curves[0].norms for curve in curves)
+    assert sum(norm > 0.5 for norm in reference.norms) >= 10, "clipping should happen"
+    assert len(curves[0].losses) == 20
+    assert curves[0].losses == pytest.approx(reference.losses, rel=1e-5)
+    assert curves[0].norms == pytest.approx(reference.norms, rel=1e-5)
+    assert curves[0].weights.keys() == reference.weights.keys()
+    for key, whole in reference.weights.items():
+        assert relative(curves[0].weights[key], whole) < 1e-5, key
