@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mamba_pretrain import commands
+from mamba_pretrain import cli, commands
 from mamba_pretrain.data.tokenizer import load_tokenizer
 from mamba_pretrain.model.lm import MambaLM
 from tests.helpers.native import sentencepiece_model, small_model, write_checkpoint
