@@ -28,7 +28,7 @@ class Engine(Protocol):
     their state in the same pieces, which is why what one has saved, any other can load.
     """
 
-    module: MambaLM  # or what DeepSpeed wraps it in, which is called alike
+    module: MambaLM  # or what must be called in its place
 
     @property
     def decay_of(self) -> dict[str, float]:

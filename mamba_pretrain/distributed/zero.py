@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamba_pretrain.config import Config
 from mamba_pretrain.distributed.adam import MOMENTS, AdamEngine, Shard, new_moments
@@ -54,6 +54,17 @@ def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
     }
 
 
+class _Wrapped(nn.Module):
+    """DeepSpeed's engine, which must be called in the model's place, with the model's configuration."""
+
+    def __init__(self, engine: nn.Module, model: MambaLM) -> None:
+        super().__init__()
+        self.engine, self.config = engine, model.config
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        return self.engine(*arguments, **named)
+
+
 class ZeroEngine(AdamEngine):
     """ZeRO-1, 2 or 3 over all ranks."""
 
@@ -77,9 +88,9 @@ class ZeroEngine(AdamEngine):
                 model = make_model()
         self.model = model
         optimizer = AdamW(param_groups(model.named_parameters(), config.model, config.optim), config.optim)
-        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=derived)[0]
-        self.module = engine
-        self.zero: Any = engine.optimizer
+        self.engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=derived)[0]
+        self.module = cast(MambaLM, _Wrapped(self.engine, model))
+        self.zero: Any = self.engine.optimizer
         self.optimizer = self.zero.optimizer
         for flat in self._flat_groups():
             self.optimizer.state[flat] = new_moments(flat)
@@ -94,18 +105,16 @@ class ZeroEngine(AdamEngine):
         return list(groups)
 
     def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
-        engine: Any = self.module
         self.zero.override_loss_scale(self.scale.value)
         # DeepSpeed takes the mean over ranks; the contract asks for the sum.
-        engine.backward(self.guarded(loss, factor=self.ranks.world), scale_wrt_gas=False)
+        self.engine.backward(self.guarded(loss, factor=self.ranks.world), scale_wrt_gas=False)
         if not last_micro_batch:
-            engine.step()  # only counts the micro-batch
+            self.engine.step()  # only counts the micro-batch
 
     def step(self, lr: float) -> StepResult:
-        engine: Any = self.module
         self.set_lr(lr)
-        engine.step()
-        result = StepResult(float(engine.get_global_grad_norm()), bool(self.zero.overflow), self.scale.value)
+        self.engine.step()
+        result = StepResult(float(self.engine.get_global_grad_norm()), bool(self.zero.overflow), self.scale.value)
         self.scale.update(not result.skipped)
         return result
 

@@ -7,11 +7,12 @@ real processes. Everything that engines keep and send is fp32. P: all parameters
 from __future__ import annotations
 
 from mamba_pretrain.config import Config
+from mamba_pretrain.distributed.zero import deepspeed_config
 from mamba_pretrain.model.flops import parameters_by_part
 from mamba_pretrain.plan.activations import MicroBatch, micro_batch
 
 # What one moment holds, in the order of a table's columns.
-PARTS = ("parameters", "gradients", "optimizer", "gathered", "activations", "casts", "states", "loss")
+PARTS = ("parameters", "gradients", "optimizer", "gathered", "buckets", "activations", "casts", "states", "loss")
 Moment = dict[str, int]
 
 
@@ -26,29 +27,39 @@ def shards(config: Config, world: int) -> int:
 
 
 def moments(config: Config, world: int, kernels: str) -> dict[str, Moment]:
-    """By name: the end of the last micro-batch's forward, its backward's begin, first block and end, the update."""
-    held, layers = micro_batch(config, kernels), config.model.need("n_layer")
-    saved = _saved(held, layers, config.train.activation_checkpointing)
+    """By name: the end of the last micro-batch's forward, its backward's begin, its first block, the first reduction
+    within it, its end, the update."""
+    held = micro_batch(config, kernels)
     engine = {"single": _single, "zero": _zero, "fsdp": _fsdp}[config.train.engine]
     resident, during = engine(config, world, held)
-    return {name: dict.fromkeys(PARTS, 0) | resident | _sum(during[name], saved.get(name, {})) for name in during}
-
-
-def _saved(held: MicroBatch, layers: int, checkpointing: bool) -> dict[str, Moment]:
-    """What autograd holds, whatever the engine. Autocast keeps its casts to the end of the forward, even those of
-    blocks that are run again."""
-    every = {"activations": layers * held.block + held.final, "states": layers * held.states}
-    if checkpointing:
-        every = {"activations": layers * held.boundary + held.final}
-        one = {"activations": held.block + held.working, "states": held.states, "casts": held.casts}
-    else:
-        one = {"activations": held.working, "casts": layers * held.casts}
-    casts = {"casts": layers * held.casts}
+    saved = _saved(config, held, kernels)
     return {
-        "forward": every | casts | {"loss": held.loss_forward},
-        "backward": every | ({} if checkpointing else casts) | {"loss": 2 * held.loss_kept},
-        "block": _sum(every | {"loss": held.loss_kept}, one),
+        name: dict.fromkeys(PARTS, 0) | _sum(resident, _sum(engine_holds, saved.get(name, {})))
+        for name, engine_holds in during.items()
     }
+
+
+def _saved(config: Config, held: MicroBatch, kernels: str) -> dict[str, Moment]:
+    """What autograd holds. Autocast keeps its casts to the end of the forward, even those of blocks that are run again;
+    under ZeRO-3 DeepSpeed's own F.linear, which keeps none, replaces torch's."""
+    layers, zero3 = config.model.need("n_layer"), config.train.engine == "zero" and config.zero.stage == 3
+    casts = 0 if zero3 and kernels != "cuda" else held.casts
+    every = {"activations": layers * held.block + held.final, "states": layers * held.states, "casts": layers * casts}
+    later, one = every, {"activations": held.working}
+    if config.train.activation_checkpointing:
+        later = {"activations": layers * held.boundary + held.final}
+        every = later | {"casts": layers * casts}
+        one = {"activations": held.block + held.working, "states": held.states, "casts": casts}
+    found = {
+        "forward": _sum(every, {"loss": held.loss_forward}),
+        "backward": _sum(later, {"loss": 2 * held.loss_kept}),
+        "block": _sum(_sum(later, {"loss": held.loss_kept}), one),
+    }
+    if config.train.engine == "zero":  # the first bucket is full when this part of the blocks is left
+        bucket = 4 * int(deepspeed_config(config, 1)["zero_optimization"]["reduce_bucket_size"])
+        left = max(0.0, 1 - bucket / (layers * _root_and_block(config)[1]))
+        found["reduce"] = {name: int(left * size) for name, size in later.items()} | {"loss": held.loss_kept}
+    return found
 
 
 def _single(config: Config, world: int, held: MicroBatch) -> tuple[Moment, dict[str, Moment]]:
@@ -62,10 +73,9 @@ def _single(config: Config, world: int, held: MicroBatch) -> tuple[Moment, dict[
 
 
 def _fsdp(config: Config, world: int, held: MicroBatch) -> tuple[Moment, dict[str, Moment]]:
-    parts, options = parameters_by_part(config.model), config.fsdp
-    p, s, layers = 4 * sum(parts.values()), shards(config, world), config.model.need("n_layer")
-    root = 4 * sum(parts.get(name, 0) for name in ("embedding", "norm_f", "lm_head"))
-    block = (p - root) // layers
+    options, layers = config.fsdp, config.model.need("n_layer")
+    p, part = 4 * sum(parameters_by_part(config.model).values()), 4 * _ceil(config, shards(config, world))
+    root, block = _root_and_block(config)
     # Reduced only at the last micro-batch, gradients pile up whole. A block's are copied once to be reduced.
     before = p if config.accumulation(world) > 1 else 0
     tied = held.head if config.model.tie_embeddings else 0
@@ -76,47 +86,60 @@ def _fsdp(config: Config, world: int, held: MicroBatch) -> tuple[Moment, dict[st
         "forward": {"gradients": before, "gathered": root + whole},
         "backward": {"gradients": before, "gathered": root + whole},
         "block": {"gradients": before + 2 * block, "gathered": root + working},
-        "end": {"gradients": (p - root) // s + last, "gathered": root},
-        "update": {"gradients": p // s},
+        "end": {"gradients": (p - root) * part // p + last, "gathered": root},
+        "update": {"gradients": part},
     }
     if options.offload:
         return {}, during | {"update": {}, "end": {"gradients": 3 * root, "gathered": root}}
-    return {"parameters": p // s, "optimizer": 2 * p // s}, during
+    return {"parameters": part, "optimizer": 2 * part}, during
 
 
 def _zero(config: Config, world: int, held: MicroBatch) -> tuple[Moment, dict[str, Moment]]:
-    parts, options = parameters_by_part(config.model), config.zero
-    p, layers = 4 * sum(parts.values()), config.model.need("n_layer")
-    part = p // world
-    bucket = prefetch = 4 * 50_000_000  # of gradients; of parameters
-    accumulates = config.accumulation(world) > 1
+    """DeepSpeed keeps an fp32 copy of its part of the parameters beside them, though both are fp32. Gradients are
+    moved to a bucket of fixed size, and copied once more when it is full, to be reduced."""
+    p, part = 4 * sum(parameters_by_part(config.model).values()), 4 * _ceil(config, world)
+    derived = deepspeed_config(config, world)["zero_optimization"]
+    bucket, stage = 4 * int(derived["reduce_bucket_size"]), config.zero.stage
+    copied = max(min(bucket, p), held.head)  # what is larger than a bucket is reduced by itself
     tied = 2 * held.head if config.model.tie_embeddings else 0
-    if options.stage == 3:
-        root = 4 * sum(parts.get(name, 0) for name in ("embedding", "norm_f", "lm_head"))
-        block = (p - root) // layers
-        live = root + min(p - root, max(block, prefetch) + block)
-        resident = {"parameters": part, "optimizer": 2 * part, "gathered": bucket}
+    again = held.head if config.accumulation(world) > 1 else 0
+    if stage == 3:
+        root, block = _root_and_block(config)
+        # A block is kept whose next use is nearer than this; the backward's is as far as all that follow it, twice.
+        kept = min(p - root, 4 * int(derived.get("stage3_max_reuse_distance", 10**9)) // 2)
+        ahead = min(p - root - kept, 4 * int(derived["stage3_prefetch_bucket_size"]) + block)
         during = {
-            "forward": {"gradients": part, "gathered": live},
-            "backward": {"gradients": part, "gathered": live},
-            "block": {"gradients": part + block, "gathered": live},
-            "end": {"gradients": part + held.head + tied, "gathered": root},
-            "update": {"gradients": 2 * part},
+            "forward": {"gathered": root + kept},
+            "backward": {"gathered": root + kept + ahead},
+            "block": {"gathered": root + kept + ahead, "gradients": block},
+            "reduce": {"gathered": root + kept + ahead, "gradients": copied},
+            "end": {"gathered": root, "gradients": held.head + tied},
+            "update": {"gradients": part},
         }
-        return resident, during
-    resident = {"parameters": p, "optimizer": 3 * part}
-    if options.stage == 1:
-        before = p if accumulates else 0
-        during = {name: {"gradients": before} for name in ("forward", "backward", "block")}
-        during["end"] = {"gradients": p + tied + (held.head if accumulates else 0)}
-        during["reduce"] = {"gradients": p + part, "gathered": 2 * bucket}
+        return {"parameters": part, "optimizer": 3 * part, "gradients": part, "buckets": bucket}, during
+    # Stage 1 reduces whole gradients after the last micro-batch, stage 2 bucket by bucket in every backward.
+    before = {1: p, 2: part}[stage] if again else 0
+    during = {name: {"gradients": before} for name in ("forward", "backward")}
+    during["block"] = {"gradients": before, "buckets": bucket}
+    if stage == 1:
+        during["end"] = {"gradients": p + tied + again, "buckets": bucket}
+        during["reduced"] = {"gradients": p + part, "buckets": bucket}
     else:
-        before = part if accumulates else 0
-        during = {name: {"gradients": before} for name in ("forward", "backward")}
-        during["block"] = {"gradients": before + part, "gathered": 2 * bucket}
-        during["end"] = {"gradients": before + part + held.head + tied, "gathered": bucket}
+        during["reduce"] = {"gradients": before + part, "buckets": bucket + copied}
+        during["end"] = {"gradients": before + part + max(held.head + tied, copied), "buckets": bucket}
     during["update"] = {"gradients": 2 * part}
-    return resident, during
+    return {"parameters": p, "optimizer": 3 * part}, during
+
+
+def _ceil(config: Config, ranks: int) -> int:
+    return -(-sum(parameters_by_part(config.model).values()) // ranks)
+
+
+def _root_and_block(config: Config) -> tuple[int, int]:
+    """fp32 bytes of what the root of a sharded model holds, and of one block."""
+    parts = parameters_by_part(config.model)
+    root = sum(parts.get(name, 0) for name in ("embedding", "norm_f", "lm_head"))
+    return 4 * root, 4 * (sum(parts.values()) - root) // config.model.need("n_layer")
 
 
 def _sum(a: Moment, b: Moment) -> Moment:
