@@ -122,6 +122,8 @@ def _zero(config: Config, world: int, held: MicroBatch) -> tuple[Moment, dict[st
     during = {name: {"gradients": before} for name in ("forward", "backward")}
     during["block"] = {"gradients": before, "buckets": bucket}
     if stage == 1:
+        if again:  # the bucket is made at the first gradient, and freed by the reduction
+            during["forward"] = during["backward"] = during["block"]
         during["end"] = {"gradients": p + tied + again, "buckets": bucket}
         during["reduced"] = {"gradients": p + part, "buckets": bucket}
     else:
