@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -54,6 +55,29 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout_
             return function(ranks, *values)
 
     return in_processes(world, connected_call, *arguments, timeout_s=timeout_s)
+
+
+def exit_codes(world: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60) -> list[int | None]:
+    """How `world` forked processes ended that called `function(*arguments)`: 1 an exception, -9 killed, None not yet.
+
+    Their environment is a launcher's, as in `in_processes`; those that have not ended by then are killed.
+    """
+    context, port = multiprocessing.get_context("fork"), free_port()
+
+    def work(rank: int) -> None:
+        os.environ.update(environment(rank, world, port))
+        sys.exit(function(*arguments))
+
+    processes = [context.Process(target=work, args=(rank,)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + timeout_s
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
 
 
 def in_processes(world: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120) -> list[Any]:
