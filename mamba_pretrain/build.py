@@ -67,15 +67,19 @@ class Run:
     @property
     def identity(self) -> dict[str, Any]:
         """What may not change between a checkpoint and the run that goes on from it."""
-        data = self.config.data
-        return {
-            "model": {k: v for k, v in asdict(self.config.model).items() if k != "variant"},
-            "data": self.manifest.fingerprint(data.train_split),
-            "seq_len": data.seq_len,
-            "reset_documents": data.reset_documents,
-            "seed": self.config.train.seed,
-            "order_version": ORDER_VERSION,
-        }
+        return identity(self.config, self.manifest)
+
+
+def identity(config: Config, manifest: Manifest) -> dict[str, Any]:
+    """`Run.identity`, of the run that `config` (its model resolved) would be on the dataset of `manifest`."""
+    return {
+        "model": {k: v for k, v in asdict(config.model).items() if k != "variant"},
+        "data": manifest.fingerprint(config.data.train_split),
+        "seq_len": config.data.seq_len,
+        "reset_documents": config.data.reset_documents,
+        "seed": config.train.seed,
+        "order_version": ORDER_VERSION,
+    }
 
 
 def build(config: Config, ranks: Ranks = ALONE) -> Run:
@@ -88,7 +92,7 @@ def build(config: Config, ranks: Ranks = ALONE) -> Run:
         device = resolve_device(config.train.device, ranks.local_rank)
         check_precision(config.train.precision, device)
         dispatch.select(config.train.kernels)
-        train, validation, manifest, tokenizer = _open_data(config)
+        train, validation, manifest, tokenizer = open_data(config)
         resume_from = _resume_from(config)
         known = None
         if config.train.init_from is not None and resume_from is None:
@@ -97,7 +101,7 @@ def build(config: Config, ranks: Ranks = ALONE) -> Run:
             known = source.config
         elif config.train.init_from is not None and resume_from is not None:
             known = ModelConfig(**checkpoint.read_manifest(resume_from)["identity"]["model"])
-        config = dataclasses.replace(config, model=_resolve_model(config.model, known, manifest))
+        config = dataclasses.replace(config, model=resolve_model(config.model, known, manifest))
     agree(
         ranks,
         {
@@ -155,7 +159,7 @@ def _announce_kernels(run: Run) -> dict[str, str]:
     )
 
 
-def _open_data(config: Config) -> tuple[Shard, Shard | None, Manifest, Tokenizer]:
+def open_data(config: Config) -> tuple[Shard, Shard | None, Manifest, Tokenizer]:
     data = config.data
     if data.path is None:
         raise ConfigError(["data.path is not set: name a directory made by python -m data_prep.build_shards"])
@@ -175,7 +179,7 @@ def _open_data(config: Config) -> tuple[Shard, Shard | None, Manifest, Tokenizer
     return train, validation, manifest, dataset_tokenizer(data.path, manifest)
 
 
-def _resolve_model(given: ModelConfig, known: ModelConfig | None, manifest: Manifest) -> ModelConfig:
+def resolve_model(given: ModelConfig, known: ModelConfig | None, manifest: Manifest) -> ModelConfig:
     """Fills what the configuration left open: from the weights the run starts from, else from the dataset."""
     if known is not None:
         default = ModelConfig()
