@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from mamba_pretrain.config import ConfigError
+from mamba_pretrain.distributed.meeting import CONNECT, SOMEONE_ELSE, meet
 
-CONNECT = timedelta(minutes=5)  # for all ranks to find each other
 # A rank that hangs is the watchdog's to report, with everyone's stacks; this is for what it does not see.
 OPERATION = timedelta(hours=2)
 
@@ -94,37 +93,44 @@ def find_ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
 
     Raises ConfigError for an environment that is incomplete or contradicts itself.
     """
-    if "RANK" in environ or "WORLD_SIZE" in environ:  # torchrun, deepspeed, or set by hand
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        if missing := [name for name in names if name not in environ]:
-            raise ConfigError(
-                [
-                    f"{', '.join(n for n in names if n in environ)} are set in the environment, {', '.join(missing)} "
-                    "not: start with torchrun, deepspeed or srun, or set them all"
-                ]
-            )
-        rank, world, local = (_integer(environ, name) for name in names[:3])
+    tasks = 1 if "RANK" in environ else _srun_tasks(environ)
+    if "RANK" in environ or ("WORLD_SIZE" in environ and tasks == 1):  # torchrun, deepspeed, or set by hand
+        _need(environ, "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         # torchrun's name and the deepspeed CLI's; set by hand it is mostly one host
         local_world = next((n for n in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if n in environ), "WORLD_SIZE")
-        master = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
-        ranks = Ranks(rank, world, local, _integer(environ, local_world), master)
-    elif "SLURM_STEP_ID" in environ and _integer(environ, "SLURM_NTASKS") > 1 and "SLURM_PROCID" in environ:  # srun
-        tasks = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", "1"))
-        node = int(environ.get("SLURM_NODEID", "0"))
-        host = environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_STEP_NODELIST", environ["SLURM_NODELIST"]))
-        port = environ.get("MASTER_PORT") or str(20000 + _integer(environ, "SLURM_JOB_ID") % 20000)
-        ranks = Ranks(
-            _integer(environ, "SLURM_PROCID"),
-            _integer(environ, "SLURM_NTASKS"),
-            _integer(environ, "SLURM_LOCALID"),
-            _tasks_on(tasks, node),
-            f"{host}:{port}",
-        )
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", local_world)
+        rank, world, local, locals_ = (_integer(environ, name) for name in names)
+        host, port = environ["MASTER_ADDR"], str(_integer(environ, "MASTER_PORT"))
+    elif tasks > 1:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+        _need(environ, *names, "SLURM_NODEID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
+        rank, world, local = (_integer(environ, name) for name in names[:3])
+        locals_ = _tasks_on(environ[names[3]], _integer(environ, "SLURM_NODEID"))
+        host = environ.get("MASTER_ADDR") or first_host(environ["SLURM_STEP_NODELIST"])
+        # Jobs and steps that share a host differ in it; Linux gives ports from 32768 on to outgoing connections.
+        port = str(20000 + (_integer(environ, "SLURM_JOB_ID") + 97 * _integer(environ, "SLURM_STEP_ID")) % 12000)
+        port = environ.get("MASTER_PORT") or port
+        if environ.get("WORLD_SIZE", str(world)) != str(world):
+            raise ConfigError([f"WORLD_SIZE is {environ['WORLD_SIZE']}, and srun started {world} tasks: unset it"])
+    elif "OMPI_COMM_WORLD_SIZE" in environ and _integer(environ, "OMPI_COMM_WORLD_SIZE") > 1:
+        raise ConfigError(["mpirun started this: start with torchrun, deepspeed or srun, or set RANK and the like"])
     else:
         return Ranks()
-    if not 0 <= ranks.rank < ranks.world or not 0 <= ranks.local_rank < ranks.local_world:
-        raise ConfigError([f"the environment says rank {ranks.rank} of {ranks.world}, local {ranks.local_rank}"])
-    return ranks
+    if not (0 <= rank < world and 0 <= local < locals_ <= world and local <= rank):
+        said = ", ".join(f"{name}={environ.get(name)}" for name in names)
+        raise ConfigError([f"the environment contradicts itself: {said}: rank {rank} of {world}, {local} of {locals_}"])
+    return Ranks(rank, world, local, locals_, f"{host}:{port}")
+
+
+def _srun_tasks(environ: Mapping[str, str]) -> int:
+    """Tasks of the srun that started this process; 1 where none did.
+
+    SLURM_NTASKS is the whole job's in a batch script and in salloc's shell. Such shells may have a SLURM_STEP_ID too:
+    Slurm keeps the numbers from 0xfffffff0 on for them.
+    """
+    if "SLURM_STEP_ID" not in environ or _integer(environ, "SLURM_STEP_ID") >= 0xFFFFFFF0:
+        return 1
+    return _integer(environ, "SLURM_STEP_NUM_TASKS")
 
 
 @contextlib.contextmanager
@@ -136,7 +142,7 @@ def connected(ranks: Ranks, device: torch.device) -> Iterator[None]:
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=_store(ranks),
+            store=meet(ranks.rank, ranks.world, ranks.master),
             rank=ranks.rank,
             world_size=ranks.world,
             timeout=CONNECT,
@@ -145,43 +151,51 @@ def connected(ranks: Ranks, device: torch.device) -> Iterator[None]:
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         reason = " ".join(str(error).split())[:300]
         cure = "see that the address is right and reachable, and that every rank was started"
-        if "EADDRINUSE" in reason or "in use" in reason:
+        if "EADDRINUSE" in reason or SOMEONE_ELSE in reason:
             cure = "another process listens there, perhaps an earlier run: end it, or choose another MASTER_PORT"
         raise ConfigError(
             [f"rank {ranks.rank} on {socket.gethostname()} cannot meet the others at {ranks.master}: {cure} ({reason})"]
         ) from error
     dist.distributed_c10d._set_pg_timeout(OPERATION)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that wait for this one
 
 
-def _store(ranks: Ranks) -> Store:
-    if ranks.world == 1:
-        return HashStore()
-    host, _, port = ranks.master.rpartition(":")
-    # torchrun's agent serves one that outlives the ranks; elsewhere rank 0 does.
-    serve = ranks.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = TCPStore(host, int(port), ranks.world, serve, timeout=CONNECT, wait_for_workers=False)
-    return PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+def lost_contact(error: BaseException) -> bool:
+    """Whether this is what a rank sees when another one has ended in the midst of an exchange."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "NCCL", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of Slurm's notation: gpu[07-09,12],login1 -> gpu07."""
-    head = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodelist)
+    """The first host of Slurm's notation: gpu[07-09,12],login1 -> gpu07, rack[1-2]-ib -> rack1-ib."""
+    head = re.match(r"(?:[^\[\],]|\[\d[^\[\]]*\])+", nodelist)
     if head is None:
         raise ConfigError([f"SLURM_STEP_NODELIST is {nodelist!r}: expected host names"])
-    return head[1] + (head[2] or "")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", head[0])
 
 
 def _tasks_on(tasks: str, node: int) -> int:
     """Slurm's SLURM_STEP_TASKS_PER_NODE, as in 4(x2),3: tasks of node number `node`."""
     counts: list[int] = []
     for part in tasks.split(","):
-        count, _, times = part.partition("(x")
-        counts += [int(count)] * int(times.rstrip(")") or 1)
-    return counts[node] if node < len(counts) else counts[0]
+        parsed = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if parsed is None:
+            raise ConfigError([f"SLURM_STEP_TASKS_PER_NODE is {tasks!r}: expected numbers as in 4(x2),3"])
+        counts += [int(parsed[1])] * int(parsed[2] or 1)
+    if node >= len(counts):
+        raise ConfigError([f"SLURM_NODEID is {node}, SLURM_STEP_TASKS_PER_NODE is {tasks}, {len(counts)} node(s)"])
+    return counts[node]
+
+
+def _need(environ: Mapping[str, str], *names: str) -> None:
+    if missing := [name for name in names if not environ.get(name)]:
+        raise ConfigError(
+            [
+                f"{', '.join(n for n in names if n not in missing)} are set in the environment, {', '.join(missing)} "
+                "not: start with torchrun, deepspeed or srun, or set them all"
+            ]
+        )
 
 
 def _integer(environ: Mapping[str, str], name: str) -> int:
