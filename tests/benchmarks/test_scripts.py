@@ -83,3 +83,17 @@ def test_loss(tmp_path: Path) -> None:
     assert {"time / faster peer", "memory / float", "memory / plain"} <= told.keys()
     assert told["ours loss"] == pytest.approx(told["float loss"], rel=1e-2)
     assert told["plain loss"] == pytest.approx(told["float loss"], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_distributed(tmp_path: Path) -> None:
+    sizes = ["--length", "32", "--save-length", "32", "--save-overrides", "model.d_model=48", "--disk", str(tmp_path)]
+    which = ["--engines", "zero-2", "fsdp", "--savers", "fsdp", "--"]
+    told = figures("distributed", *sizes, *which, *TINY, "model.vocab_size=301", directory=tmp_path)
+    assert {"one process, 2 threads s", "share s", "zero-2 communicating s"} <= told.keys()
+    assert "fsdp without communication / share" in told
+    assert told["fsdp sent / minimum"] == pytest.approx(1, abs=0.1)
+    assert told["fsdp sent / minimum, 2 micro-batches"] == pytest.approx(1, abs=0.1)
+    assert {"fsdp on 2 ranks: save / dd write", "fsdp on 2 ranks: load / dd read"} <= told.keys()
+    assert "fsdp on 2 ranks: stall / blocking save" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["distributed.json"]  # what was saved is gone
