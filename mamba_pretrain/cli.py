@@ -17,7 +17,7 @@ from mamba_pretrain.data.loader import LoaderError
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import TokenizerError
 from mamba_pretrain.distributed.env import EXIT_PREEMPTED
-from mamba_pretrain.distributed.ranks import PeerError, find_ranks
+from mamba_pretrain.distributed.ranks import PeerError, find_ranks, lost_contact
 from mamba_pretrain.evaluate.perplexity import EvaluationError
 from mamba_pretrain.evaluate.report import ReportError
 from mamba_pretrain.export.formats import FormatError
@@ -27,7 +27,7 @@ from mamba_pretrain.ops.call import KernelError
 from mamba_pretrain.plan.report import add_arguments
 from mamba_pretrain.train import NonFiniteError
 
-EXIT_USER, EXIT_NONFINITE, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_LOST, EXIT_USER, EXIT_NONFINITE, EXIT_INTERRUPTED = 1, 2, 3, 130
 USER_ERRORS = (
     ConfigError,
     ShardError,
@@ -47,7 +47,10 @@ log = logging.getLogger("mamba_pretrain")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 a mistake in the input (one message, no traceback), 3 training diverged, 75 preempted."""
+    """Exit codes: 0 done, 2 a mistake in the input (one message, no traceback), 3 training diverged, 75 preempted.
+
+    1 an error of ours, with its traceback, or another rank's end; 4 no progress (see `distributed.watch`).
+    """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse gives up on key=value words that come after an option; they mean the same there.
@@ -80,6 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NonFiniteError as error:
         print(f"mamba-pretrain {arguments.command}: training diverged\n{error}", file=sys.stderr)
         return EXIT_NONFINITE
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        reason = str(error).splitlines()[0]
+        print(
+            f"rank {find_ranks().rank} ends, because another rank has: the first traceback or message above is the "
+            f"cause, or that rank was killed ({reason})",
+            file=sys.stderr,
+        )
+        return EXIT_LOST
 
 
 def _count(text: str) -> int:
@@ -131,13 +144,18 @@ def _parser() -> argparse.ArgumentParser:
         help="go on from the newest checkpoint, none, or this one (default: never)",
     )
 
-    configured(
-        command(
-            "describe",
-            commands.run_describe,
-            "Print the resolved run: parameters, FLOPs and memory by part, steps, tokens, the law of each parameter.",
-            "mamba-pretrain describe --config configs/pretrain/2.8b.yaml train.micro_batch_size=1",
-        )
+    described = command(
+        "describe",
+        commands.run_describe,
+        "Print the resolved run: parameters, FLOPs and memory by part, steps, tokens, the law of each parameter.",
+        "mamba-pretrain describe --config configs/pretrain/2.8b.yaml train.micro_batch_size=1",
+    )
+    configured(described)
+    described.add_argument(
+        "--deepspeed",
+        type=_count,
+        metavar="RANKS",
+        help="print only DeepSpeed's configuration, as derived for so many ranks",
     )
 
     planned = command(
@@ -197,12 +215,26 @@ def _parser() -> argparse.ArgumentParser:
     imported = command(
         "import",
         commands.run_import,
-        "Read a Hugging Face or mamba_ssm directory into ours. (To train from one, train.init_from takes it as it is.)",
-        "mamba-pretrain import mamba-130m-hf models/mamba-130m --from hf",
+        "Read a Hugging Face or mamba_ssm directory into ours. (To train from one, train.init_from takes it as it is.) "
+        "Or a DeepSpeed checkpoint, ZeRO-1 to 3: as a model, or, with data.path and the other options of the run that "
+        "is to go on from it, as a checkpoint with optimizer state in the run directory TARGET.",
+        "mamba-pretrain import zero3 runs/x --from deepspeed --config configs/pretrain/130m.yaml data.path=data/pile",
     )
     imported.add_argument("source", type=Path)
     imported.add_argument("target", type=Path)
-    imported.add_argument("--from", dest="from_format", choices=("hf", "mamba_ssm"), help="default: found out")
+    imported.add_argument(
+        "--from",
+        dest="from_format",
+        choices=("hf", "mamba_ssm", "deepspeed"),
+        help="default: hf or mamba_ssm, found out",
+    )
+    imported.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="deepspeed: sequences consumed (default: as many as our steps take)",
+    )
+    configured(imported)
     for sub in (export, imported):
         sub.add_argument("--overwrite", action="store_true", help="replace the target once the new one is complete")
 

@@ -9,16 +9,19 @@ import logging
 import sys
 from pathlib import Path
 
-from mamba_pretrain.config import Config, DataConfig, load
+from mamba_pretrain.adopt import import_deepspeed
+from mamba_pretrain.config import Config, ConfigError, DataConfig, load
 from mamba_pretrain.data.packing import n_windows
 from mamba_pretrain.data.shards import open_split, verify_up_to
 from mamba_pretrain.data.tokenizer import dataset_tokenizer, load_tokenizer
 from mamba_pretrain.distributed.env import autocast, keep_freed_memory, resolve_device
 from mamba_pretrain.distributed.ranks import find_ranks
+from mamba_pretrain.distributed.zero import deepspeed_config
 from mamba_pretrain.doctor import examine
 from mamba_pretrain.evaluate.perplexity import EvaluationError, PerplexityResult, evaluate_documents, evaluate_windows
 from mamba_pretrain.evaluate.report import plot_run
 from mamba_pretrain.export.convert import export_checkpoint, import_pretrained
+from mamba_pretrain.export.deepspeed import DEEPSPEED
 from mamba_pretrain.export.pretrained import build_model, read_pretrained
 from mamba_pretrain.model.describe import describe
 from mamba_pretrain.model.generate import GenerationError, generate
@@ -41,6 +44,12 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 
 def run_describe(arguments: argparse.Namespace) -> None:
+    if arguments.deepspeed is not None:
+        config = resolved(arguments, arguments.deepspeed)
+        if config.train.engine != "zero":
+            raise ConfigError([f"train.engine is {config.train.engine}: only train.engine=zero uses DeepSpeed"])
+        print(json.dumps(deepspeed_config(config, arguments.deepspeed), indent=1))
+        return
     config = _shaped_config(arguments)
     print(describe(config, peak(config, 1, "native")[1]))
 
@@ -128,6 +137,12 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_import(arguments: argparse.Namespace) -> None:
+    configured = {"paths": arguments.config, "words": arguments.overrides, "samples": arguments.samples}
+    if arguments.from_format == DEEPSPEED:
+        print(import_deepspeed(arguments.source, arguments.target, **configured, overwrite=arguments.overwrite))
+        return
+    if arguments.config or arguments.overrides or arguments.samples is not None:
+        raise ConfigError(["--config, key=value and --samples are for --from deepspeed: other forms tell all of it"])
     import_pretrained(
         arguments.source, arguments.target, from_format=arguments.from_format, overwrite=arguments.overwrite
     )

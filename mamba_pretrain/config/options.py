@@ -172,7 +172,7 @@ class TrainConfig:
 
 @dataclass
 class ZeroConfig:
-    """DeepSpeed. Its own configuration is derived from this one: `mamba-pretrain describe --deepspeed` prints it."""
+    """DeepSpeed. Its own configuration is derived: `mamba-pretrain describe --deepspeed RANKS` prints it."""
 
     stage: int = 1  # shards over all ranks 1: the optimizer, 2: and the gradients, 3: and the parameters
     offload_optimizer: bool = False  # Adam's moments and the update itself on the CPU

@@ -18,25 +18,32 @@ from mamba_pretrain.config import Config
 from mamba_pretrain.distributed.adam import MOMENTS, AdamEngine, Shard, new_moments
 from mamba_pretrain.distributed.engine import StepResult, Values
 from mamba_pretrain.distributed.ranks import Ranks
+from mamba_pretrain.model.flops import parameters_by_part
 from mamba_pretrain.model.lm import MambaLM
 from mamba_pretrain.optim import AdamW, param_groups
 
 
 def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: all of it follows from ours. Bucket sizes are in elements."""
+    """DeepSpeed's configuration: all of it follows from ours.
+
+    Buckets, in elements, go by the size of a block: two are in flight at most, whatever the model's size.
+    """
+    parts = parameters_by_part(config.model)
+    embedding = parts["embedding"] + parts.get("lm_head", 0)
+    block = (sum(parts.values()) - embedding) // config.model.need("n_layer")
     zero: dict[str, Any] = {
         "stage": config.zero.stage,
         "overlap_comm": False,  # one stream: the order of the sums, and so the loss, does not depend on timing
         "contiguous_gradients": True,
-        "reduce_bucket_size": 50_000_000,
-        "allgather_bucket_size": 50_000_000,
+        "reduce_bucket_size": 2 * block,
+        "allgather_bucket_size": 2 * block,
     }
     if config.zero.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.zero.stage == 3:
         zero |= {
-            "stage3_prefetch_bucket_size": 50_000_000,
-            "stage3_max_live_parameters": 100_000_000,
+            "stage3_prefetch_bucket_size": block,
+            "stage3_max_live_parameters": 3 * block + embedding,
             # A block is gathered in one operation, small parameters with it: none need stay behind on every rank.
             "stage3_param_persistence_threshold": 0,
         }
