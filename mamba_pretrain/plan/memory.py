@@ -57,7 +57,7 @@ def _saved(config: Config, held: MicroBatch, kernels: str) -> dict[str, Moment]:
     }
     if config.train.engine == "zero":  # the first bucket is full when this part of the blocks is left
         bucket = 4 * int(deepspeed_config(config, 1)["zero_optimization"]["reduce_bucket_size"])
-        left = max(0.0, 1 - bucket / (layers * _root_and_block(config)[1]))
+        left = max(0.0, 1 - bucket / (layers * root_and_block(config)[1]))
         found["reduce"] = {name: int(left * size) for name, size in later.items()} | {"loss": held.loss_kept}
     return found
 
@@ -75,7 +75,7 @@ def _single(config: Config, world: int, held: MicroBatch) -> tuple[Moment, dict[
 def _fsdp(config: Config, world: int, held: MicroBatch) -> tuple[Moment, dict[str, Moment]]:
     options, layers = config.fsdp, config.model.need("n_layer")
     p, part = 4 * sum(parameters_by_part(config.model).values()), 4 * _ceil(config, shards(config, world))
-    root, block = _root_and_block(config)
+    root, block = root_and_block(config)
     # Reduced only at the last micro-batch, gradients pile up whole. A block's are copied once to be reduced.
     before = p if config.accumulation(world) > 1 else 0
     tied = held.head if config.model.tie_embeddings else 0
@@ -104,9 +104,8 @@ def _zero(config: Config, world: int, held: MicroBatch) -> tuple[Moment, dict[st
     tied = 2 * held.head if config.model.tie_embeddings else 0
     again = held.head if config.accumulation(world) > 1 else 0
     if stage == 3:
-        root, block = _root_and_block(config)
-        # A block is kept whose next use is nearer than this; the backward's is as far as all that follow it, twice.
-        kept = min(p - root, 4 * int(derived.get("stage3_max_reuse_distance", 10**9)) // 2)
+        root, block = root_and_block(config)
+        kept = zero3_keeps(config, world)
         ahead = min(p - root - kept, 4 * int(derived["stage3_prefetch_bucket_size"]) + block)
         during = {
             "forward": {"gathered": root + kept},
@@ -118,26 +117,37 @@ def _zero(config: Config, world: int, held: MicroBatch) -> tuple[Moment, dict[st
         }
         return {"parameters": part, "optimizer": 3 * part, "gradients": part, "buckets": bucket}, during
     # Stage 1 reduces whole gradients after the last micro-batch, stage 2 bucket by bucket in every backward.
-    before = {1: p, 2: part}[stage] if again else 0
+    # A parameter that lies in several ranks' parts has its reduced gradient whole on each: the embedding, most of all.
+    reduced = part + held.head - held.head % part
+    before = {1: p, 2: reduced}[stage] if again else 0
     during = {name: {"gradients": before} for name in ("forward", "backward")}
     during["block"] = {"gradients": before, "buckets": bucket}
     if stage == 1:
         if again:  # the bucket is made at the first gradient, and freed by the reduction
             during["forward"] = during["backward"] = during["block"]
         during["end"] = {"gradients": p + tied + again, "buckets": bucket}
-        during["reduced"] = {"gradients": p + part, "buckets": bucket}
+        during["reduced"] = {"gradients": p + reduced, "buckets": bucket}
     else:
-        during["reduce"] = {"gradients": before + part, "buckets": bucket + copied}
-        during["end"] = {"gradients": before + part + max(held.head + tied, copied), "buckets": bucket}
-    during["update"] = {"gradients": 2 * part}
+        during["reduce"] = {"gradients": before + reduced, "buckets": bucket + copied}
+        during["end"] = {"gradients": before + reduced + max(held.head + tied, copied), "buckets": bucket}
+    during["update"] = {"gradients": reduced + part}
     return {"parameters": p, "optimizer": 3 * part}, during
+
+
+def zero3_keeps(config: Config, world: int) -> int:
+    """Bytes of gathered blocks that wait for the backward: DeepSpeed keeps what is used again before so many elements
+    of others are. Those of a block are all that follow it, twice."""
+    derived = deepspeed_config(config, world)["zero_optimization"]
+    _, block = root_and_block(config)
+    reuse = 4 * int(derived.get("stage3_max_reuse_distance", 10**9))
+    return min(block * config.model.need("n_layer"), reuse // 2)
 
 
 def _ceil(config: Config, ranks: int) -> int:
     return -(-sum(parameters_by_part(config.model).values()) // ranks)
 
 
-def _root_and_block(config: Config) -> tuple[int, int]:
+def root_and_block(config: Config) -> tuple[int, int]:
     """fp32 bytes of what the root of a sharded model holds, and of one block."""
     parts = parameters_by_part(config.model)
     root = sum(parts.get(name, 0) for name in ("embedding", "norm_f", "lm_head"))

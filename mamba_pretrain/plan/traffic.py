@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from mamba_pretrain.config import Config
 from mamba_pretrain.model.flops import parameters_by_part
-from mamba_pretrain.plan.memory import shards
+from mamba_pretrain.plan.memory import root_and_block, shards, zero3_keeps
 
 RINGS = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}  # times (ranks - 1) / ranks of the tensor's bytes
 
@@ -30,8 +30,8 @@ class Collective(NamedTuple):
 
 def collectives(config: Config, world: int) -> list[Collective]:
     """What the engines exchange, all of it in fp32; norms and flags are left out."""
-    parts, micro_batches = parameters_by_part(config.model), config.accumulation(world)
-    p, engine, s = 4 * sum(parts.values()), config.train.engine, shards(config, world)
+    micro_batches, engine, s = config.accumulation(world), config.train.engine, shards(config, world)
+    p = 4 * sum(parameters_by_part(config.model).values())
     if engine == "single" or world == 1:
         return []
     if engine == "zero" and config.zero.stage < 3:
@@ -42,17 +42,20 @@ def collectives(config: Config, world: int) -> list[Collective]:
             Collective("gradients", "all-reduce", p, world, 1, times, False),
             Collective("parameters", "all-gather", p, world, 1, 1, False),
         ]
+    root, _ = root_and_block(config)
     if engine == "zero":
-        return [
-            Collective("parameters", "all-gather", p, world, 1, 2 * micro_batches, True),
+        kept = root + zero3_keeps(config, world)
+        found = [
+            Collective("parameters", "all-gather", p, world, 1, micro_batches, True),
+            Collective("parameters again", "all-gather", p - kept, world, 1, micro_batches, True),
             Collective("gradients", "reduce-scatter", p, world, 1, micro_batches, False),
         ]
-    root = 4 * sum(parts.get(name, 0) for name in ("embedding", "norm_f", "lm_head"))
-    gathers = 2 if config.fsdp.reshard_after_forward else 1
-    found = [
-        Collective("embedding", "all-gather", root, s, 1, micro_batches, True),
-        Collective("blocks", "all-gather", p - root, s, 1, gathers * micro_batches, True),
-        Collective("gradients", "reduce-scatter", p, s, 1, 1, True),
-        Collective("gradients of replicas", "all-reduce", p // s, world // s, s, 1, True),
-    ]
-    return [c for c in found if c.ranks > 1]
+    else:
+        gathers = 2 if config.fsdp.reshard_after_forward else 1
+        found = [
+            Collective("embedding", "all-gather", root, s, 1, micro_batches, True),
+            Collective("blocks", "all-gather", p - root, s, 1, gathers * micro_batches, True),
+            Collective("gradients", "reduce-scatter", p, s, 1, 1, True),
+            Collective("gradients of replicas", "all-reduce", p // s, world // s, s, 1, True),
+        ]
+    return [c for c in found if c.sent]

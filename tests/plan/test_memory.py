@@ -1,0 +1,59 @@
+"""The memory of a rank by formula, against what real engines hold.
+
+Two measures. Bytes of tensors alive are exact, the same on every machine and at any size: most cases compare those.
+Resident memory is what the system counts, an operation's own buffers included; it takes large models, and minutes.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from mamba_pretrain.plan.memory import moments, peak
+from tests.helpers.memory import ENGINES, live_peak, resident_peak, step_config
+from tests.helpers.processes import on_ranks
+
+SIZES = {
+    "small": (2, 256, ["model.d_model=256", "model.n_layer=4", "model.vocab_size=8000"]),
+    "middle": (4, 512, ["model.d_model=512", "model.n_layer=8", "model.vocab_size=16000"]),
+    "large": (2, 256, ["model.d_model=1024", "model.n_layer=16", "model.vocab_size=50277"]),
+}
+AGAIN = "train.activation_checkpointing=true"
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("engine", "size", "micro_batches", "options"),
+    [
+        ("single", "small", 2, []),
+        ("zero-2", "small", 2, []),
+        ("zero-3", "small", 1, [AGAIN]),
+        ("fsdp", "small", 2, [AGAIN]),
+        *(
+            pytest.param(engine, size, micro_batches, options, marks=slow)
+            for engine in ENGINES
+            for size in ("small", "middle")
+            for micro_batches, options in ((1, []), (2, [AGAIN]))
+        ),
+        pytest.param("fsdp", "middle", 1, ["fsdp.reshard_after_forward=false"], marks=slow),
+        pytest.param("zero-3", "middle", 1, ["train.precision=fp32"], marks=slow),
+    ],
+)
+def test_the_peak_is_that_of_the_tensors_alive(engine: str, size: str, micro_batches: int, options: list[str]) -> None:
+    world, words = ENGINES[engine]
+    rows, length, shape = SIZES[size]
+    config = step_config(world, rows, length, *shape, *words, *options, micro_batches=micro_batches)
+    found = max(on_ranks(world, live_peak, config, timeout_s=600))
+    assert sum(peak(config, world, "native")[1].values()) == pytest.approx(found, rel=0.06), moments(
+        config, world, "native"
+    )
+
+
+@slow
+@pytest.mark.parametrize(("micro_batches", "options"), [(1, []), (2, [AGAIN])], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_peak_is_that_of_the_process(engine: str, micro_batches: int, options: list[str]) -> None:
+    world, words = ENGINES[engine]
+    rows, length, shape = SIZES["large"]
+    config = step_config(world, rows, length, *shape, *words, *options, micro_batches=micro_batches)
+    found = max(on_ranks(world, resident_peak, config, timeout_s=900))
+    assert sum(peak(config, world, "native")[1].values()) == pytest.approx(found, rel=0.1)

@@ -1,0 +1,111 @@
+"""The command: its tables, its JSON, its answer, its refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from mamba_pretrain.cli import main
+from mamba_pretrain.config import load
+from mamba_pretrain.plan.gpus import GPUS, peak_flops
+from mamba_pretrain.plan.layouts import cheapest, compare
+from mamba_pretrain.plan.roofline import Assumptions, step_time
+
+RECIPE = ["plan", "--config", "configs/pretrain/1.4b.yaml"]
+
+
+def test_the_tables_name_every_engine_and_every_assumption(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*RECIPE, "--gpus", "16", "--gpu", "h100", "--assume", "matmul=0.5"]) == 0
+    printed = capsys.readouterr().out
+    names = ["zero stage 1", "zero stage 2", "zero stage 3", "fsdp", "fsdp x 2 replicas", "fsdp, recomputing"]
+    for part in (*names, "matmul=0.5", "overlap=0.8", "nothing measured", "cheapest that fits", "train.engine="):
+        assert part in printed
+    assert max(map(len, printed.splitlines())) <= 160
+
+
+def test_json_holds_the_same_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.json"
+    assert main([*RECIPE, "--gpus", "1", "--gpu", "h200", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert [layout["options"]["train.engine"] for layout in found["layouts"]] == ["single", "single"]
+    memory = found["layouts"][0]["memory_bytes"]
+    assert memory["parameters"] == 4 * 1_372_178_432 and memory["optimizer"] == 2 * memory["parameters"]
+    assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
+    layout = found["layouts"][0]
+    assert layout["gpu_hours"] == pytest.approx(layout["days"] * 24)
+    assert f"{layout['days']:.2f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--gpus", "8", "--gpu", "h10"], "did you mean h100?"),
+        (["--gpus", "0"], "--gpus is 0: it must be at least 1"),
+        (["--gpus", "8", "--gpus-per-node", "0"], "--gpus-per-node is 0"),
+        (["--gpus", "24"], "does not divide"),
+        (["--gpus", "8", "--assume", "matmull=0.5"], "did you mean matmul?"),
+        (["--gpus", "8", "--assume", "matmul=1.5"], "expected a fraction"),
+        (["--gpus", "8", "--assume", "matmul=fast"], "expected a fraction"),
+        (["--gpus", "8", "--json", "nowhere/plan.json"], "there is no directory nowhere"),
+        (["--gpus", "8", "model.variant=null", "model.vocab_size=null"], "model.d_model is not set"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(words: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*RECIPE, *words]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_an_unknown_gpu_has_no_peak() -> None:
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA GeForce GT 710") is None
+
+
+def test_the_cheapest_is_the_fastest_of_those_that_fit() -> None:
+    assume, roomy = Assumptions(), dataclasses.replace(GPUS["h100"], memory=1e15)
+    config = load(["configs/pretrain/2.8b.yaml"])
+    best = cheapest(config, 16, roomy, assume)
+    assert best is not None and not best.options["train.activation_checkpointing"], "memory is free: nothing runs twice"
+    assert best.time.total <= min(layout.time.total for layout in compare(config, 16, roomy, assume))
+    tight = dataclasses.replace(roomy, memory=best.bytes * 0.5)
+    smaller = cheapest(config, 16, tight, assume)
+    assert smaller is not None and smaller.bytes <= tight.memory and smaller.time.total > best.time.total
+    assert cheapest(config, 16, dataclasses.replace(roomy, memory=5e9), assume) is None
+
+
+def test_where_whole_parameters_do_not_fit_they_are_sharded() -> None:
+    config = load(
+        [
+            "configs/pretrain/2.8b.yaml",
+        ],
+        ["train.micro_batch_size=1"],
+    )
+    best = cheapest(config, 16, dataclasses.replace(GPUS["a100"], memory=20e9), Assumptions())
+    assert best is not None
+    assert best.options["train.engine"] == "fsdp" or best.options["zero.stage"] == 3
+
+
+def test_a_slow_network_favours_what_sends_least() -> None:
+    config = load(["configs/pretrain/1.4b.yaml"])
+    slow = dataclasses.replace(GPUS["h100"], memory=1e15, network_bandwidth=1e8, peer_bandwidth=1e9)
+    best = cheapest(config, 16, slow, Assumptions(overlap=0.0))
+    assert best is not None
+    least = min(layout.time.sent for layout in compare(config, 16, slow, Assumptions()))
+    assert best.time.sent <= least
+
+
+def test_a_roofline_adds_up_and_follows_its_peaks() -> None:
+    config = load(["configs/pretrain/130m.yaml"])
+    one = step_time(config, 1, GPUS["h100"], Assumptions())
+    assert one.exposed == 0 and one.sent == 0
+    # 0.783 GFLOP a token, of which the scan's are no matrix products.
+    matmul = 3 * (2 * 24 * 3_538_944 + 2 * 24 * (1536 * 80 + 1536 * 48) + 2 * 50_280 * 768) * 524_288
+    assert one.products == pytest.approx(matmul / (989e12 * 0.6))
+    faster = step_time(config, 1, GPUS["h100"], Assumptions(matmul=1.0))
+    assert one.products == pytest.approx(faster.products / 0.6)
+    assert one.total - faster.total == pytest.approx(one.products - faster.products)
+    eight = step_time(config, 8, GPUS["h100"], Assumptions())
+    assert eight.products == pytest.approx(one.products / 8) and eight.mfu <= one.mfu
