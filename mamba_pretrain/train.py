@@ -259,7 +259,6 @@ def only_run_in(directory: Path) -> Iterator[None]:
     A run that ends before it has written anything leaves no directory.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / OUTCOME).unlink(missing_ok=True)
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
@@ -268,6 +267,7 @@ def only_run_in(directory: Path) -> Iterator[None]:
             raise ConfigError([f"another process trains in {directory}: stop it, or choose another run_dir"]) from None
         if not directory.exists() or not os.path.samestat(os.fstat(descriptor), directory.stat()):
             raise ConfigError([f"{directory} was removed by another process that ended just now: start again"])
+        (directory / OUTCOME).unlink(missing_ok=True)
         try:
             yield
         finally:
