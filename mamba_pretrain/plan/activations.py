@@ -54,15 +54,7 @@ def micro_batch(config: Config, kernels: str) -> MicroBatch:
     matrices = 2 * e * d + e * (r + 2 * n_state) + r * e + e * d
     working = m * (n * 3 * e + (4 + n) * d) + _scratch(kernels, rows, length, e, n_state, n)
 
-    vocabulary = model.padded_vocab_size
-    head = vocabulary * d
-    chunks = -(-m // max(1, CHUNK_BYTES // (n * vocabulary)))
-    logits = n * -(-m // chunks) * vocabulary
-    # While a second chunk is multiplied the first is still there; the reference, which is what runs on GPUs, holds a
-    # chunk's logits and their softmax in fp32 as well.
-    logits = logits * (2 if chunks > 1 else 1) if kernels == "native" else logits + 2 * (4 // n) * logits
-    sums = 4 * head + (n * head if chunks > 1 or n == 2 else 0)
-    narrow = n * head if n == 2 else 0
+    head = model.padded_vocab_size * d
     return MicroBatch(
         block=m * kept + 8 * e * n_state,  # exp(A_log) and its negative
         states=states,
@@ -70,10 +62,25 @@ def micro_batch(config: Config, kernels: str) -> MicroBatch:
         boundary=m * (4 + n) * d,
         working=working,
         final=m * (4 + 4 + n) * d,
-        loss_forward=logits + sums + narrow + m * n * d,
+        loss_forward=_loss(kernels, m, d, model.padded_vocab_size, n),
         loss_kept=4 * head + 4 * m * d,
         head=4 * head,
     )
+
+
+def _loss(kernels: str, m: int, d: int, vocabulary: int, n: int) -> int:
+    """The most that ops/cross_entropy.py holds: a chunk's logits, the narrow head, the gradients of head and input."""
+    chunks = -(-m // max(1, CHUNK_BYTES // (n * vocabulary)))
+    logits, head = n * -(-m // chunks) * vocabulary, vocabulary * d
+    narrow, product, total = (n * head if n == 2 else 0), n * head, 4 * head
+    # The softmax of the reference, which is what runs on GPUs: the logits and their logarithms in fp32.
+    softmax = 0 if kernels == "native" else logits // n * (8 if n == 2 else 4)
+    if chunks == 1:
+        most = logits + max(softmax, product + (total if n == 2 else 0))
+    else:  # the last chunk's logits, and its product, are there until this one's are
+        held = total + (product if n == 2 or chunks > 2 else 0)
+        most = held + logits + max(logits, softmax, product)
+    return most + narrow + m * n * d
 
 
 def _scratch(kernels: str, rows: int, length: int, e: int, n_state: int, n: int) -> int:

@@ -96,10 +96,12 @@ def _fsdp(config: Config, world: int, held: MicroBatch) -> tuple[Moment, dict[st
 
 def _zero(config: Config, world: int, held: MicroBatch) -> tuple[Moment, dict[str, Moment]]:
     """DeepSpeed keeps an fp32 copy of its part of the parameters beside them, though both are fp32. Gradients are
-    moved to a bucket of fixed size, and copied once more when it is full, to be reduced."""
+    moved to a bucket of fixed size, and copied once more when it is full, to be reduced. What is offloaded is left out.
+    """
     p, part = 4 * sum(parameters_by_part(config.model).values()), 4 * _ceil(config, world)
     derived = deepspeed_config(config, world)["zero_optimization"]
     bucket, stage = 4 * int(derived["reduce_bucket_size"]), config.zero.stage
+    mine = 0 if config.zero.offload_optimizer else part  # of one of Adam's tensors, on the device
     copied = max(min(bucket, p), held.head)  # what is larger than a bucket is reduced by itself
     tied = 2 * held.head if config.model.tie_embeddings else 0
     again = held.head if config.accumulation(world) > 1 else 0
@@ -113,12 +115,13 @@ def _zero(config: Config, world: int, held: MicroBatch) -> tuple[Moment, dict[st
             "block": {"gathered": root + kept + ahead, "gradients": block},
             "reduce": {"gathered": root + kept + ahead, "gradients": copied},
             "end": {"gathered": root, "gradients": held.head + tied},
-            "update": {"gradients": part},
+            "update": {"gradients": mine},
         }
-        return {"parameters": part, "optimizer": 3 * part, "gradients": part, "buckets": bucket}, during
+        parameters = 0 if config.zero.offload_parameters else part
+        return {"parameters": parameters, "optimizer": 3 * mine, "gradients": mine, "buckets": bucket}, during
     # Stage 1 reduces whole gradients after the last micro-batch, stage 2 bucket by bucket in every backward.
     # A parameter that lies in several ranks' parts has its reduced gradient whole on each: the embedding, most of all.
-    reduced = part + held.head - held.head % part
+    reduced = part + held.head - held.head % part if mine else 0
     before = {1: p, 2: reduced}[stage] if again else 0
     during = {name: {"gradients": before} for name in ("forward", "backward")}
     during["block"] = {"gradients": before, "buckets": bucket}
@@ -130,8 +133,9 @@ def _zero(config: Config, world: int, held: MicroBatch) -> tuple[Moment, dict[st
     else:
         during["reduce"] = {"gradients": before + reduced, "buckets": bucket + copied}
         during["end"] = {"gradients": before + reduced + max(held.head + tied, copied), "buckets": bucket}
-    during["update"] = {"gradients": reduced + part}
-    return {"parameters": p, "optimizer": 3 * part}, during
+    during["update"] = {"gradients": reduced + mine}
+    staging = 0 if mine else held.head  # on the way to the CPU, a buffer for the largest gradient
+    return {"parameters": p, "optimizer": 3 * mine, "buckets": staging}, during
 
 
 def zero3_keeps(config: Config, world: int) -> int:

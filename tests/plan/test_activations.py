@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mamba_pretrain.config import Config
 from mamba_pretrain.model.block import Block
 from mamba_pretrain.ops import dispatch
 from mamba_pretrain.ops.backends import cuda, triton
+from mamba_pretrain.ops.cross_entropy import linear_cross_entropy
 from mamba_pretrain.plan.activations import micro_batch
 from mamba_pretrain.plan.memory import peak
 from tests.helpers import stubs
-from tests.helpers.memory import fake_live_peak, step_config
+from tests.helpers.memory import LiveBytes, fake_live_peak, step_config
 from tests.helpers.triton import interpreted  # noqa: F401
 
 pytestmark = [
@@ -31,7 +33,8 @@ slow = pytest.mark.slow
     ("variant", "rows", "length", "micro_batches", "options"),
     [
         pytest.param("130m", 4, 512, 1, [], marks=slow),
-        ("130m", 8, 2048, 1, ["train.activation_checkpointing=true"]),
+        ("130m", 8, 2048, 1, ["train.activation_checkpointing=true", "model.n_layer=6"]),
+        pytest.param("130m", 8, 2048, 1, ["train.activation_checkpointing=true"], marks=slow),
         pytest.param("130m", 1, 2048, 2, ["train.precision=fp32"], marks=slow),
         pytest.param("2.8b", 1, 2048, 1, ["train.activation_checkpointing=true"], marks=slow),
         pytest.param("130m", 4, 512, 2, ["train.precision=fp32", "train.activation_checkpointing=true"], marks=slow),
@@ -50,6 +53,22 @@ def test_the_peak_is_that_of_the_traced_step(
 ) -> None:
     config = step_config(1, rows, length, f"model.variant={variant}", *options, micro_batches=micro_batches)
     assert sum(peak(config, 1, "native")[1].values()) == pytest.approx(fake_live_peak(config), rel=0.04)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(("kernels", "chosen"), [("native", "auto"), ("cuda", "reference")])
+def test_the_loss_holds_what_the_formula_says(kernels: str, chosen: str, precision: str, rows: int) -> None:
+    """On GPUs the softmax is the reference's."""
+    config = step_config(1, rows, 1024, "model.variant=130m", f"train.precision={precision}")
+    dtype, live = torch.float32 if precision == "fp32" else torch.bfloat16, LiveBytes()
+    with FakeTensorMode(), live, dispatch.using(chosen), torch.autocast("cpu", torch.bfloat16, precision == "bf16"):
+        hidden_BLD = torch.empty(rows, 1024, 768, dtype=dtype, requires_grad=True)
+        weight_VD = torch.empty(50280, 768, requires_grad=True)
+        labels_BL = torch.zeros(rows, 1024, dtype=torch.int64)
+        given = hidden_BLD.nbytes + weight_VD.nbytes + labels_BL.nbytes
+        linear_cross_entropy(hidden_BLD, weight_VD, labels_BL, 50277)
+    assert micro_batch(config, kernels).loss_forward == pytest.approx(live.peak - given, rel=0.01)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from mamba_pretrain.cli import main
 from mamba_pretrain.config import load
 from mamba_pretrain.plan.gpus import GPUS, peak_flops
 from mamba_pretrain.plan.layouts import cheapest, compare
+from mamba_pretrain.plan.memory import peak
 from mamba_pretrain.plan.roofline import Assumptions, step_time
 
 RECIPE = ["plan", "--config", "configs/pretrain/1.4b.yaml"]
@@ -86,6 +87,17 @@ def test_where_whole_parameters_do_not_fit_they_are_sharded() -> None:
     best = cheapest(config, 16, dataclasses.replace(GPUS["a100"], memory=20e9), Assumptions())
     assert best is not None
     assert best.options["train.engine"] == "fsdp" or best.options["zero.stage"] == 3
+
+
+def test_offloading_frees_the_gpu_and_costs_time() -> None:
+    config = load(["configs/pretrain/2.8b.yaml"], ["train.engine=zero", "train.micro_batch_size=1"])
+    config.zero.stage = 2
+    stays = step_time(config, 8, GPUS["a100"], Assumptions()), peak(config, 8, "cuda")[1]
+    config.zero.offload_optimizer = True
+    offloaded = step_time(config, 8, GPUS["a100"], Assumptions()), peak(config, 8, "cuda")[1]
+    assert offloaded[1]["optimizer"] == 0 < stays[1]["optimizer"]
+    assert sum(offloaded[1].values()) < sum(stays[1].values())
+    assert offloaded[0].update > stays[0].update
 
 
 def test_a_slow_network_favours_what_sends_least() -> None:
