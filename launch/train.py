@@ -2,7 +2,10 @@
 
 import sys
 
+from torch.distributed.elastic.multiprocessing.errors import record
+
 from mamba_pretrain.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    # record: torchrun's summary of a failure then shows the traceback of the rank that failed first
+    sys.exit(record(main)(["train", *sys.argv[1:]]))

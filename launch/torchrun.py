@@ -1,0 +1,98 @@
+"""torchrun as production needs it: `python -m launch.torchrun [torchrun's options] -m launch.train ...`.
+
+Exit codes: 0 finished; 75 every rank of this host saved itself on a signal and left, or had not begun: start it again
+to go on; else the code of the first rank that failed, 1 where it was killed. torchrun itself says 1 to all of these.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.agent.server.api import RunResult
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher import api
+
+from mamba_pretrain.distributed.env import EXIT_PREEMPTED
+
+DEFAULTS = (
+    # SIGUSR1, which Slurm can send before a time limit, would end torchrun alone and leave the ranks training.
+    "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    # Ranks that save are killed after so many seconds; torchrun's own 30 are too few for a large model.
+    "--shutdown-timeout=600",
+)
+LATER = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+class Agent(LocalElasticAgent):
+    """torchrun's agent, which knows how its ranks ended."""
+
+    codes: list[int | None] = []  # noqa: RUF012 - of the ranks that were stopped last; there is one agent in a process
+    fixed = True  # the number of hosts: then no restart can do without those that were preempted
+
+    def _monitor_workers(self, worker_group: Any) -> RunResult:
+        result: RunResult = super()._monitor_workers(worker_group)
+        if self.fixed and preempted([failure.exitcode for failure in result.failures.values()]):
+            self._remaining_restarts = 0  # --max-restarts is for failures; these would go on training
+        return result
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        """Also waits as long for ranks that end because other hosts come or go, and through further signals."""
+        handlers = list(getattr(self._pcontext, "subprocess_handlers", {}).values())
+        late: list[int] = []
+        earlier = {number: signal.signal(number, lambda number, frame: late.append(number)) for number in LATER}
+        try:
+            super()._shutdown(death_sig, max(timeout, self._shutdown_timeout))
+        finally:
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
+        Agent.codes = [handler.proc.returncode for handler in handlers]
+        if late:
+            signal.raise_signal(late[0])
+
+
+def preempted(codes: Sequence[int | None], forwarded: int = signal.SIGTERM) -> bool:
+    """Whether a rank saved itself, and the others too, or died of the signal while they had nothing to lose."""
+    return EXIT_PREEMPTED in codes and all(code in (EXIT_PREEMPTED, -forwarded) for code in codes)
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = torchrun.parse_args([*DEFAULTS, *argv])  # type: ignore[no-untyped-call]
+    low, high = torchrun.parse_min_max_nnodes(arguments.nnodes)
+    # Agents that share a store cannot take back a host that left: both die a minute later (torch 2.13).
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    # torchrun's own default is 1, which leaves a CPU idle; all cores for every rank would be far worse.
+    cores = len(os.sched_getaffinity(0)) // torchrun.determine_local_world_size(arguments.nproc_per_node)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
+    Agent.fixed = low == high
+    api.LocalElasticAgent = Agent  # type: ignore[attr-defined]
+    for number in LATER:  # torchrun's own handlers come with the first rank; before that a signal would kill it
+        signal.signal(number, _raise)
+    try:
+        torchrun.run(arguments)  # type: ignore[no-untyped-call]
+    except SignalException as error:
+        if all(code == 0 for code in Agent.codes) and Agent.codes:
+            return 0
+        calm = all(code in (0, EXIT_PREEMPTED, -error.sigval) for code in Agent.codes)
+        print(f"launch.torchrun: {error.sigval.name}; the ranks ended with {Agent.codes}", file=sys.stderr)
+        return EXIT_PREEMPTED if calm else 1
+    except ChildFailedError as error:
+        if preempted([failure.exitcode for failure in error.failures.values()]):
+            return EXIT_PREEMPTED
+        print(error, file=sys.stderr)
+        return max(1, error.get_first_failure()[1].exitcode)
+    return 0
+
+
+def _raise(number: int, frame: Any) -> None:
+    raise SignalException(f"got {signal.Signals(number).name} before the ranks began", signal.Signals(number))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
