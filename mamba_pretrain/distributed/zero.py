@@ -33,7 +33,7 @@ def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
     block = (sum(parts.values()) - embedding) // config.model.need("n_layer")
     zero: dict[str, Any] = {
         "stage": config.zero.stage,
-        "overlap_comm": False,  # one stream: the order of the sums, and so the loss, does not depend on timing
+        "overlap_comm": True,  # gradients are reduced while the backward goes on
         "contiguous_gradients": True,
         "reduce_bucket_size": 2 * block,
         "allgather_bucket_size": 2 * block,
