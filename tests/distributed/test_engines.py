@@ -226,7 +226,7 @@ def fp16_in_a_process(dataset: Path, run_dir: Path) -> list[tuple[float, bool, f
     return on_ranks(1, fp16_steps, dataset, run_dir, ["train.engine=single"])[0]
 
 
-DEEP = ModelConfig(d_model=64, n_layer=8, vocab_size=64)  # many parameters, none of them large
+DEEP = ModelConfig(d_model=32, n_layer=20, vocab_size=64)  # many parameters, none of them large
 
 
 @pytest.mark.parametrize(
