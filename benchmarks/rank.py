@@ -47,7 +47,7 @@ class Rank:
         self.saver = Saver(self.run)
 
     def _time_updates(self) -> None:
-        """Notes the seconds of the engine's `step` in which it does not communicate."""
+        """Notes the engine's `step`: its seconds without communication."""
         engine = self.run.engine
         original: Callable[[float], StepResult] = engine.step
 
@@ -64,14 +64,15 @@ class Rank:
 
     def step(self) -> dict[str, Any]:
         self.meter.take()
-        self.updating, sent, began = 0.0, tcp_bytes_sent(), time.perf_counter()
+        self.updating, sent, began, busy = 0.0, tcp_bytes_sent(), time.perf_counter(), time.thread_time()
         step = next(self.steps)
-        seconds = time.perf_counter() - began
+        seconds, busy = time.perf_counter() - began, time.thread_time() - busy
         taken: Taken = self.meter.take()
         assert not step.result.skipped, "the loss is finite"
         return {
             "seconds": seconds,
             "communicating": taken.seconds,
+            "processor": busy,  # of this thread, which computes; gloo's own threads move the bytes
             "updating": self.updating,
             "sent": taken.sent,
             "operations": {kind: asdict(count) for kind, count in taken.operations.items()},

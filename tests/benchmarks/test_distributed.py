@@ -101,9 +101,13 @@ def test_a_single_process_sends_nothing() -> None:
 
 
 def test_a_share_has_its_part_of_a_sharded_update() -> None:
-    rounds: list[dict[str, Any]] = [{"seconds": 10.0, "updating": 4.0}, {"seconds": 12.0, "updating": 2.0}]
+    rounds: list[dict[str, Any]] = [
+        {"seconds": 10.0, "updating": 4.0, "processor": 5.0},
+        {"seconds": 12.0, "updating": 2.0, "processor": 6.0},
+    ]
     assert share_of(rounds, 1) == 11.0
     assert share_of(rounds, 2) == 11.0 - 1.5
+    assert share_of(rounds, 2, "processor") == (11.0 - 1.5) / 2
 
 
 def test_dd_writes_and_reads_what_it_is_given(tmp_path: Path) -> None:
