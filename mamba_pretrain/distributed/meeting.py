@@ -31,16 +31,19 @@ def meet(rank: int, world: int, master: str) -> Store:
     if world == 1:
         return HashStore()
     host, _, port = master.rpartition(":")
-    # torchrun's agent serves a store that outlives the ranks; elsewhere rank 0 serves.
+    # torchrun's agent serves a store that outlives the ranks, so attempts are told apart in it. With
+    # TORCH_DISABLE_SHARE_RDZV_TCP_STORE it does not, and agents that joined later count other attempts: as without
+    # torchrun, rank 0 then serves a new store each time.
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = TCPStore(host, int(port), world, False, timeout=CONNECT, wait_for_workers=False)
+        store: Store = TCPStore(host, int(port), world, False, timeout=CONNECT, wait_for_workers=False)
+        store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     elif rank == 0:
         store = TCPStore(host, int(port), world, True, timeout=CONNECT, wait_for_workers=False)
         _welcome(store, set(range(1, world)))
     else:
         _wait_for_listener(host, int(port))
         store = _greeted(rank, host, int(port), world)
-    return PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return store
 
 
 def _welcome(store: Store, missing: set[int]) -> None:

@@ -100,11 +100,16 @@ def test_a_taken_port_ends_every_rank_with_a_message(dataset: Path, tmp_path: Pa
         assert all("another process listens there, perhaps an earlier run" in task.said for task in tasks)
 
 
-@pytest.mark.parametrize("who", ["launcher, SIGTERM", "launcher, SIGUSR1", "rank 1, SIGUSR1"])
+@pytest.mark.parametrize(
+    "who", ["launcher, SIGTERM", "launcher, SIGUSR1", "rank 1, SIGUSR1", "deepspeed's rank 1, SIGUSR1"]
+)
 def test_a_preemption_is_saved_and_told_by_the_exit_code(dataset: Path, tmp_path: Path, who: str) -> None:
     run_dir = tmp_path / "run"
     words = train_words(dataset, run_dir, "train.engine=fsdp", "train.steps=100000", "checkpoint.every_steps=0")
-    with Launched([*TORCHRUN, "--max-restarts=3", "-m", "launch.train", *words], tmp_path / "log") as launched:
+    start: list[object] = [*TORCHRUN, "--max-restarts=3", "-m", "launch.train"]
+    if who.startswith("deepspeed"):
+        start = [BIN / "deepspeed", "--num_gpus", "2", "--master_port", free_port(), "launch/train.py"]
+    with Launched([*start, *words], tmp_path / "log") as launched:
         launched.until(lambda: (run_dir / "metrics.jsonl").exists() and len(losses(run_dir)) > 2)
         target, _, name = who.partition(", ")
         ranks = launched.ranks()
