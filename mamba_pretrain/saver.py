@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from mamba_pretrain import checkpoint
 from mamba_pretrain.build import Run
 from mamba_pretrain.pieces import Piece
 
+log = logging.getLogger("mamba_pretrain")
+
 
 class Saver:
     """One checkpoint at a time: written at once, or (checkpoint.asynchronous) from a snapshot while training goes on.
@@ -25,6 +28,7 @@ class Saver:
     def __init__(self, run: Run) -> None:
         self.run, self.directory, self.saved_at = run, run.directory / "checkpoints", time.monotonic()
         self._pending: tuple[checkpoint.Save, dict[str, Any], str] | None = None
+        self._began = self._stalled = 0.0  # when the pending save began, and for how long it has kept training waiting
         self._buffers: dict[tuple[str, int], Tensor] = {}
         if run.ranks.first:
             checkpoint.clean(self.directory)
@@ -46,7 +50,7 @@ class Saver:
     def save(self) -> None:
         """Saves the run as it is now; one that is still being written is waited for first."""
         self.commit()
-        run = self.run
+        began, run = time.monotonic(), self.run
         facts = {
             "kind": "checkpoint",
             "step": run.state.step,
@@ -65,6 +69,7 @@ class Saver:
         pending = checkpoint.Save(target, run.ranks, state, background=background)
         self._pending = (pending, facts, json.dumps(asdict(run.state), indent=1) + "\n")
         self.saved_at = time.monotonic()
+        self._began, self._stalled = began, self.saved_at - began
         if not background:
             self.commit()
 
@@ -79,7 +84,11 @@ class Saver:
             self.run.tokenizer.save(directory)
             (directory / checkpoint.STATE).write_text(state)
 
+        waited = time.monotonic()
         pending.commit(self.run.config, facts, write_files)
+        now = time.monotonic()
+        stall, total = self._stalled + now - waited, now - self._began
+        log.info("%s: training waited %.2f s, on disk after %.2f s", pending.target.name, stall, total)
         options = self.run.config.checkpoint
         if self.run.ranks.first:
             checkpoint.rotate(self.directory, keep_last=options.keep_last, keep_every_steps=options.keep_every_steps)
