@@ -192,12 +192,15 @@ def _sockets() -> Iterable[int]:
 
 
 def _sent_by(descriptor: int) -> int:
-    offset = 200  # of tcpi_bytes_sent in linux/tcp.h's struct tcp_info
-    with socket.socket(fileno=os.dup(descriptor)) as connection:
-        if connection.family not in (socket.AF_INET, socket.AF_INET6) or connection.type != socket.SOCK_STREAM:
-            return 0
-        try:
+    offset = 200  # of tcpi_bytes_sent in linux/tcp.h's struct tcp_info; the next is tcpi_bytes_retrans
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as connection:
+            if connection.family not in (socket.AF_INET, socket.AF_INET6) or connection.type != socket.SOCK_STREAM:
+                return 0
             told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-        except OSError:
-            return 0
-    return int(struct.unpack_from("=Q", told, offset)[0]) if len(told) >= offset + 8 else 0
+    except OSError:
+        return 0
+    if len(told) < offset + 16:
+        return 0
+    sent, again = struct.unpack_from("=QQ", told, offset)
+    return int(sent - again)
