@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,9 @@ def test_a_preemption_is_saved_and_told_by_the_exit_code(dataset: Path, tmp_path
         target, _, name = who.partition(", ")
         ranks = launched.ranks()
         os.kill(launched.process.pid if target == "launcher" else ranks[1], signal.Signals[name])
+        if target == "launcher":  # once more, for good measure, as schedulers and people do
+            time.sleep(0.2)
+            os.kill(launched.process.pid, signal.Signals[name])
         assert launched.wait() == EXIT_PREEMPTED, launched.said
         assert not launched.ranks()  # --max-restarts has not started others
     outcome = json.loads((run_dir / "outcome.json").read_text())
@@ -121,6 +125,14 @@ def test_a_preemption_is_saved_and_told_by_the_exit_code(dataset: Path, tmp_path
     assert f"{name} on rank 1" in outcome["why"]
     (saved,) = checkpoints(run_dir / "checkpoints")
     assert int(saved.name.removeprefix("step_")) == outcome["step"] == max(losses(run_dir))
+
+
+def test_a_signal_before_the_first_step_is_a_preemption_too(dataset: Path, tmp_path: Path) -> None:
+    words = train_words(dataset, tmp_path / "run", "train.engine=fsdp")
+    with Launched([*TORCHRUN, "-m", "launch.train", *words], tmp_path / "log") as launched:
+        launched.until(lambda: len(launched.ranks()) == 2)
+        launched.process.terminate()
+        assert launched.wait() == EXIT_PREEMPTED, launched.said
 
 
 @pytest.mark.parametrize("restarts", [0, 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from mamba_pretrain.checkpoint import checkpoints
+from mamba_pretrain.distributed.env import EXIT_PREEMPTED
 from mamba_pretrain.train import run
 from tests.helpers.hosts import Hosts, two_hosts
 from tests.helpers.launchers import BIN, ENVIRONMENT, Launched, train_words
@@ -106,6 +109,22 @@ def test_the_environment_of_srun(hosts: Hosts, dataset: Path, finished: Path, tm
     environs = [{**common, "SLURM_PROCID": node, "SLURM_NODEID": node} for node in ("0", "1")]
     on_both(hosts, [[sys.executable, "launch/train.py", *words]] * 2, tmp_path, *environs)
     assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_preemption_of_one_host_ends_both(hosts: Hosts, dataset: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words = train_words(dataset, run_dir, "train.engine=fsdp", "train.steps=100000", "checkpoint.every_steps=0")
+    start = [sys.executable, "-m", "launch.torchrun", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3"]
+    command = [*start, *ELASTIC, "-m", "launch.train", *words]
+    with (
+        Launched(hosts.on(0, *command), tmp_path / "log0") as first,
+        Launched(hosts.on(1, *command), tmp_path / "log1") as second,
+    ):
+        first.until(lambda: (run_dir / "metrics.jsonl").exists() and len(losses(run_dir)) > 2)
+        second.process.send_signal(signal.SIGUSR1)
+        assert [first.wait(), second.wait()] == [EXIT_PREEMPTED] * 2, first.said[-3000:] + second.said[-3000:]
+    assert len(checkpoints(run_dir / "checkpoints")) == 1
 
 
 @pytest.mark.slow
