@@ -1,7 +1,7 @@
 """How fast are the engines for several ranks, and saving and loading, on this machine?
 
 Real ranks over gloo, one thread each, take the steps that mamba_pretrain.train takes, on one corpus with one global
-batch, in turns with one process that does all of it and with two that do half each and do not talk ("share").
+batch, each in turns with one process that does all of it and with two that do half each and do not talk.
 
 1. A step: its time; the time in communication (every operation of torch.distributed, waiting for the other rank
    included); what is left, beside a rank's share of the work: the two silent processes' step, with the optimizer's part
@@ -20,7 +20,6 @@ batch, in turns with one process that does all of it and with two that do half e
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import shutil
 import statistics
@@ -37,6 +36,7 @@ from benchmarks.common import (
     AT_MOST,
     Figure,
     Report,
+    Seconds,
     Task,
     arguments,
     begin,
@@ -63,11 +63,16 @@ ENGINES = {
     "fsdp": ["train.engine=fsdp"],
     "hsdp": ["train.engine=fsdp", f"fsdp.replicas={WORLD}"],
 }
+WHOLE, SHARE = "one process, 1 thread", "two silent processes, half of the work each"
+ALONE = {WHOLE: 1, "one process, 2 threads": 2}  # threads
 WHOLE_OPTIMIZER = ("hsdp",)  # every rank updates all parameters: with as many replicas as ranks nothing is sharded
 # Reasons: a step is mostly products and the scan, which an engine only calls; gathers and reductions carry little but
 # the parameters (norms, counts, padding); the plan claims to know the bytes; a save also hashes what it writes, and a
 # load copies it; a snapshot copies memory, which is several times as fast as a disk.
 OVER_SHARE, SENT, PLANNED, DISK, STALL = 1.25, 1.1, 1.02, 0.5, 1 / 3
+
+
+Told = list[dict[str, Any]]  # what each rank says of one step, or of one save in the background
 
 
 def make_data(directory: Path) -> list[str]:
@@ -79,7 +84,7 @@ def make_data(directory: Path) -> list[str]:
     return [f"data.path={directory}", "data.validation_split=null", "data.workers=0", *length, *quiet]
 
 
-def take_step(group: Group, kept: list[list[dict[str, Any]]], threads: int | None, _: object) -> float:
+def take_step(group: Group, kept: list[Told], threads: int | None, _: object) -> float:
     if threads is not None:
         group.call("threads", threads=threads)
     told = group.call("step")
@@ -87,60 +92,56 @@ def take_step(group: Group, kept: list[list[dict[str, Any]]], threads: int | Non
     return max(seconds_of(told))
 
 
-def seconds_of(told: list[dict[str, Any]]) -> list[float]:
+def seconds_of(told: Told) -> list[float]:
     return [float(one["seconds"]) for one in told]
 
 
 def measure_steps(report: Report, options: argparse.Namespace, common: list[str], scratch: Path) -> None:
-    batch = options.windows
-    micro = [f"train.micro_batch_size={batch // WORLD}"]
-    told: dict[str, list[list[dict[str, Any]]]] = {}
-    with contextlib.ExitStack() as stack:
-
-        def group(name: str, world: int, windows: int, words: Sequence[str], talk: bool = True) -> Group:
-            overrides = [*common, *micro, *options.overrides, *words]
-            directory = scratch / name
-            made = Group(world, options.preset, options.length, windows, overrides, directory, talk=talk)
-            return stack.enter_context(made)
-
-        def task(name: str, of: Group, threads: int | None = None) -> Task:
-            return Task(partial(take_step, of, told.setdefault(name, []), threads))
-
-        alone, share = group("alone", 1, batch, []), group("share", WORLD, batch // WORLD, [], talk=False)
-        tasks = {
-            "one process, 1 thread": task("one process, 1 thread", alone, 1),
-            "one process, 2 threads": task("one process, 2 threads", alone, 2),
-            "share": task("share", share),
-        }
+    """One engine at a time beside what all are held against: all at once would need the memory of all."""
+    batch, losses = options.windows, []
+    words = [*common, f"train.micro_batch_size={batch // WORLD}", *options.overrides]
+    seconds: Seconds = {}
+    with (
+        Group(1, options.preset, options.length, batch, words, scratch / "alone") as alone,
+        Group(WORLD, options.preset, options.length, batch // WORLD, words, scratch / "share", talk=False) as share,
+    ):
         for name in list(options.engines):
+            told: dict[str, list[Told]] = {one: [] for one in (*ALONE, SHARE, name)}
+            tasks = {one: Task(partial(take_step, alone, told[one], threads)) for one, threads in ALONE.items()}
+            tasks[SHARE] = Task(partial(take_step, share, told[SHARE], None))
             try:
-                tasks[name] = task(name, group(name, WORLD, batch, ENGINES[name]))
+                with Group(
+                    WORLD, options.preset, options.length, batch, [*words, *ENGINES[name]], scratch / name
+                ) as group:
+                    tasks[name] = Task(partial(take_step, group, told[name], None))
+                    now = take_turns(tasks, options.rounds)
             except WorkerError as error:
                 options.engines.remove(name)
                 report.note(f"{name} failed: {error}")
                 report.goal(f"{name} sent / minimum", AT_MOST, SENT)  # which has no figure: missed
-        seconds = take_turns(tasks, options.rounds)
-    told = {name: rounds[-options.rounds :] for name, rounds in told.items()}
-    for name, values in seconds.items():
-        beside = report.add(f"{name} / one process, 1 thread", ratio(values, seconds["one process, 1 thread"]))
-        cells: list[object] = [report.add(f"{name} s", Figure.of(values, "s")), beside]
-        if name in options.engines:
-            cells += tell_step(report, options, name, told, common)
-        label = f"two processes of half the work, silent ({name})" if name == "share" else name
-        report.row(label, *cells, *[""] * (6 - len(cells)))
-    report.note(f"loss of the last step: {losses(told)}")
+                continue
+            kept = {one: rounds[-options.rounds :] for one, rounds in told.items()}
+            losses.append(f"{name} {kept[name][-1][0]['loss']:.4f}")
+            cells = tell_step(report, options, name, kept, common)
+            report.row(name, *times(report, name, now[name], now[WHOLE]), *cells)
+            for one in (*ALONE, SHARE):
+                seconds.setdefault(one, []).extend(now[one])
+    for one, values in seconds.items():
+        report.row(one, *times(report, one, values, seconds[WHOLE]), "", "", "", "")
+    report.note(f"loss after as many steps: {', '.join(losses)}")
 
 
-def losses(told: dict[str, list[list[dict[str, Any]]]]) -> str:
-    """By engine: one global batch, so one loss, but for whoever has taken more steps or half of the batch."""
-    return ", ".join(f"{name} {rounds[-1][0]['loss']:.4f}" for name, rounds in told.items() if name in ENGINES)
+def times(report: Report, name: str, values: list[float], whole: list[float]) -> list[object]:
+    """The cells of a step's time: by itself, and beside one process that does all of the work."""
+    beside = ratio(values, whole)
+    return [report.add(f"{name} s", Figure.of(values, "s")), report.add(f"{name} / {WHOLE}", beside)]
 
 
 def tell_step(
     report: Report,
     options: argparse.Namespace,
     name: str,
-    told: dict[str, list[list[dict[str, Any]]]],
+    told: dict[str, list[Told]],
     common: list[str],
 ) -> list[object]:
     """The cells of an engine: its communication, the rest beside its share of the work, and its bytes."""
@@ -148,11 +149,11 @@ def tell_step(
     talking = [statistics.mean(one["communicating"] for one in each) for each in rounds]
     computing = [statistics.mean(one["seconds"] - one["communicating"] for one in each) for each in rounds]
     parts = 1 if name in WHOLE_OPTIMIZER else WORLD
-    shares = [share_of(each, parts) for each in told["share"]]
+    shares = [share_of(each, parts) for each in told[SHARE]]
     beside = report.add(f"{name} without communication / share", ratio(computing, shares))
     busy = [statistics.mean(one["processor"] for one in each) for each in rounds]
     processor = report.add(
-        f"{name} processor time / share", ratio(busy, [share_of(each, parts, "processor") for each in told["share"]])
+        f"{name} processor time / share", ratio(busy, [share_of(each, parts, "processor") for each in told[SHARE]])
     )
     report.goal(f"{name} without communication / share", AT_MOST, OVER_SHARE)
     whole = statistics.median(each[0]["seconds"] for each in rounds)
@@ -165,7 +166,7 @@ def tell_step(
     ]
 
 
-def share_of(told: list[dict[str, Any]], optimizer_parts: int, clock: str = "seconds") -> float:
+def share_of(told: Told, optimizer_parts: int, clock: str = "seconds") -> float:
     """Of a rank's part of the work, from processes that did half of the windows but the whole update."""
     updating = statistics.mean(float(one["updating"]) * float(one[clock]) / float(one["seconds"]) for one in told)
     return statistics.mean(float(one[clock]) for one in told) - updating * (1 - 1 / optimizer_parts)
@@ -175,7 +176,7 @@ def tell_bytes(
     report: Report,
     options: argparse.Namespace,
     name: str,
-    rounds: list[list[dict[str, Any]]],
+    rounds: list[Told],
     common: list[str],
     micro_batches: int,
 ) -> list[object]:
@@ -280,7 +281,7 @@ def measure_background(
     report: Report, name: str, group: Group, cells: list[object], blocking: list[float], rounds: int
 ) -> None:
     group.first("discard")
-    told: list[list[dict[str, Any]]] = []
+    told: list[Told] = []
     quiet: list[float] = []
     for count in range(rounds + 1):
         told.append(group.call("save_in_background"))
