@@ -53,12 +53,12 @@ def _saved(config: Config, held: MicroBatch, kernels: str) -> dict[str, Moment]:
     found = {
         "forward": _sum(every, {"loss": held.loss_forward}),
         "backward": _sum(later, {"loss": 2 * held.loss_kept}),
-        "block": _sum(_sum(later, {"loss": held.loss_kept}), one),
+        "block": _sum(_sum(later, {"loss": held.head, "activations": -held.final}), one),
     }
     if config.train.engine == "zero":  # the first bucket is full when this part of the blocks is left
         bucket = 4 * int(deepspeed_config(config, 1)["zero_optimization"]["reduce_bucket_size"])
         left = max(0.0, 1 - bucket / (layers * root_and_block(config)[1]))
-        found["reduce"] = {name: int(left * size) for name, size in later.items()} | {"loss": held.loss_kept}
+        found["reduce"] = {name: int(left * size) for name, size in later.items()} | {"loss": held.head}
     return found
 
 

@@ -46,28 +46,35 @@ class LiveBytes(TorchDispatchMode):
     Deterministic. Not seen is what an operation allocates and frees within itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, resizes: bool = False) -> None:
+        """`resizes`: storages change their sizes, as FSDP2's do to free a gathered parameter."""
         super().__init__()
-        self.storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self.peak = 0
+        self.resizes, self.peak = resizes, 0
+        self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        found = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.device.type != "meta"]
-        storages = [(leaf.to_local() if isinstance(leaf, DTensor) else leaf).untyped_storage() for leaf in found]
-        new = {id(s): weakref.ref(s) for s in storages if id(s) not in self.storages or self.storages[id(s)]() is not s}
-        if new:
-            self.storages |= new
-            alive = {key: storage for key, ref in self.storages.items() if (storage := ref()) is not None}
-            self.storages = {key: self.storages[key] for key in alive}
-            # Sizes are read anew each time: FSDP2 frees a gathered parameter by resizing its storage.
-            self.peak = max(self.peak, sum(storage.nbytes() for storage in alive.values()))
+        before = len(self.sizes)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+                self._add((leaf.to_local() if isinstance(leaf, DTensor) else leaf).untyped_storage())
+        if len(self.sizes) > before:
+            if self.resizes:
+                self.sizes = {key: 0 if (s := ref()) is None else s.nbytes() for key, ref in self.alive.items()}
+            self.peak = max(self.peak, sum(self.sizes.values()))
         return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key not in self.alive:
+            self.alive[key] = weakref.ref(storage, lambda _: (self.alive.pop(key), self.sizes.pop(key)))
+            self.sizes[key] = storage.nbytes()
 
 
 def live_peak(ranks: Ranks, config: Config) -> int:
     """Of two steps of an engine."""
-    live = LiveBytes()
+    live = LiveBytes(resizes=True)
     with live:
         _two_steps(ranks, config)
     return live.peak
