@@ -20,7 +20,7 @@ from mamba_pretrain.distributed.zero import deepspeed_config
 from mamba_pretrain.model.law import decays, initial_value
 from mamba_pretrain.model.lm import MambaLM
 from mamba_pretrain.train import steps
-from tests.helpers.engines import CURVE, ENGINES, Curve, alone, relative, train
+from tests.helpers.engines import CURVE, ENGINES, Curve, alone, relative, slow_but, train
 from tests.helpers.memory import LiveBytes
 from tests.helpers.processes import on_ranks
 from tests.helpers.runs import small_config
@@ -65,7 +65,7 @@ def live_dtypes(ranks: Ranks, dataset: Path, run_dir: Path, options: list[str]) 
     return {"seen": {key: sorted(value) for key, value in seen.items()}, "products": {str(p) for p in products}}
 
 
-@pytest.mark.parametrize("engine", ["single", *ENGINES])
+@pytest.mark.parametrize("engine", slow_but(["single", "fsdp-2", "zero-3"], ["single", *ENGINES]))
 def test_in_bf16_what_must_be_fp32_is_fp32_within_the_forward_pass(engine: str, dataset: Path, tmp_path: Path) -> None:
     world, options = names(engine)
     arguments = (dataset, tmp_path, options)
@@ -80,7 +80,7 @@ def test_in_bf16_what_must_be_fp32_is_fp32_within_the_forward_pass(engine: str, 
         assert seen[f"computed {kind}"] == ["torch.float32"]
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", slow_but(["zero-3"], ENGINES))
 def test_bf16_curves_lie_in_a_narrow_band_around_one_process(
     name: str, dataset: Path, tmp_path: Path, bf16_reference: Curve
 ) -> None:
@@ -121,7 +121,7 @@ def decay_only(ranks: Ranks, dataset: Path, run_dir: Path, options: list[str]) -
     return found
 
 
-@pytest.mark.parametrize("engine", ["single", *ENGINES])
+@pytest.mark.parametrize("engine", slow_but(["single", "fsdp-2", "zero-2"], ["single", *ENGINES]))
 def test_decay_goes_by_name_and_padding_rows_stay(engine: str, dataset: Path, tmp_path: Path) -> None:
     world, options = names(engine)
     arguments = (dataset, tmp_path, options)
@@ -131,6 +131,7 @@ def test_decay_goes_by_name_and_padding_rows_stay(engine: str, dataset: Path, tm
         assert shrunk == pytest.approx(0.1 * 0.3 if decays(name, model) else 0.0, abs=1e-6), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -208,7 +209,7 @@ def fp16_steps(ranks: Ranks, dataset: Path, run_dir: Path, options: list[str]) -
     return [(step.loss, step.result.skipped, step.result.loss_scale) for step in steps(run)]
 
 
-@pytest.mark.parametrize("name", ["zero-1", "zero-2", "zero-3", "fsdp-2"])
+@pytest.mark.parametrize("name", slow_but(["zero-2"], ["zero-1", "zero-2", "zero-3", "fsdp-2"]))
 def test_fp16_scales_the_loss_and_halves_the_scale_together(name: str, dataset: Path, tmp_path: Path) -> None:
     world, options = ENGINES[name]
     expected = fp16_in_a_process(dataset, tmp_path / "alone")
