@@ -47,7 +47,7 @@ class TrainingStep:
 
     def step(self) -> float:
         """Returns the loss before the step, in nats a token."""
-        with autocast(self.config.train.precision, self.ids_BL.device):
+        with autocast(self.config.train.precision, self.ids_BL.device, cache=False):
             output = self.model(self.ids_BL, self.labels_BL, return_state=False)
         loss: Tensor = output.loss_sum / (self.labels_BL != IGNORE).sum()
         self.engine.backward(loss, last_micro_batch=True)

@@ -17,6 +17,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,13 @@ def write_pieces(path: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     digest, written = hashlib.sha256(), 0
     head = len(text).to_bytes(8, "little") + text
-    with path.open("wb", buffering=0) as file:
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
         for block in itertools.chain([memoryview(head)], *(_blocks(piece.data) for piece in pieces)):
-            digest.update(block)
+            hashed = hasher.submit(digest.update, block)
             written += len(block)
             while block:
                 block = block[file.write(block) :]
+            hashed.result()
         os.fsync(file.fileno())
     return {"bytes": written, "sha256": digest.hexdigest()}
 

@@ -153,7 +153,7 @@ def _loss_sum(run: Run, batch: dict[str, Tensor]) -> Tensor:
     """Forward pass of a micro-batch: nats summed over its target tokens."""
     on_device = {k: v.to(run.device, non_blocking=True) for k, v in batch.items()}
     seq_idx = on_device["seq_idx"] if run.config.data.reset_documents else None
-    with autocast(run.config.train.precision, run.device):
+    with autocast(run.config.train.precision, run.device, cache=False):
         output: LMOutput = run.engine.module(on_device["input_ids"], on_device["labels"], seq_idx, return_state=False)
     assert output.loss_sum is not None, "labels were given"
     return output.loss_sum

@@ -62,9 +62,13 @@ def bf16_is_native(device: torch.device) -> bool:
     return device.type == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Matrix products in `precision`; fp32 turns autocast off."""
-    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
+def autocast(precision: str, device: torch.device, *, cache: bool = True) -> torch.autocast:
+    """Matrix products in `precision`; fp32 turns autocast off.
+
+    `cache` keeps the narrow copies of weights until the context ends. A training step uses each weight once in a
+    forward, and with recomputation the copies of all blocks, on every rank, would be held for nothing.
+    """
+    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32", cache_enabled=cache)
 
 
 class Preemption(AbstractContextManager["Preemption"]):

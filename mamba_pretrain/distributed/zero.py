@@ -29,12 +29,13 @@ def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
     Buckets, in elements, go by the size of a block: two are in flight at most, whatever the model's size.
     """
     parts = parameters_by_part(config.model)
-    embedding = parts["embedding"] + parts.get("lm_head", 0)
-    block = (sum(parts.values()) - embedding) // config.model.need("n_layer")
+    root = sum(parts.get(name, 0) for name in ("embedding", "norm_f", "lm_head"))
+    block = (sum(parts.values()) - root) // config.model.need("n_layer")
     zero: dict[str, Any] = {
         "stage": config.zero.stage,
-        "overlap_comm": True,  # gradients are reduced while the backward goes on
         "contiguous_gradients": True,
+        # Each part of a bucket is reduced to its owner: two thirds of the bytes of an all-reduce and a gather.
+        "use_multi_rank_bucket_allreduce": False,
         "reduce_bucket_size": 2 * block,
         "allgather_bucket_size": 2 * block,
     }
@@ -43,7 +44,9 @@ def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
     if config.zero.stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": block,
-            "stage3_max_live_parameters": 3 * block + embedding,
+            "stage3_max_live_parameters": 3 * block + root,
+            # The last block waits gathered for its backward. At DeepSpeed's default, 1e9, all blocks of most models do.
+            "stage3_max_reuse_distance": 2 * block,
             # A block is gathered in one operation, small parameters with it: none need stay behind on every rank.
             "stage3_param_persistence_threshold": 0,
         }

@@ -40,15 +40,14 @@ def moments(config: Config, world: int, kernels: str) -> dict[str, Moment]:
 
 
 def _saved(config: Config, held: MicroBatch, kernels: str) -> dict[str, Moment]:
-    """What autograd holds. Autocast keeps its casts to the end of the forward, even those of blocks that are run again;
-    under ZeRO-3 DeepSpeed's own F.linear, which keeps none, replaces torch's."""
+    """What autograd holds. With the weights' casts, of which under ZeRO-3 DeepSpeed's own F.linear, which replaces
+    torch's, keeps none."""
     layers, zero3 = config.model.need("n_layer"), config.train.engine == "zero" and config.zero.stage == 3
     casts = 0 if zero3 and kernels != "cuda" else held.casts
     every = {"activations": layers * held.block + held.final, "states": layers * held.states, "casts": layers * casts}
     later, one = every, {"activations": held.working}
     if config.train.activation_checkpointing:
-        later = {"activations": layers * held.boundary + held.final}
-        every = later | {"casts": layers * casts}
+        every = later = {"activations": layers * held.boundary + held.final}
         one = {"activations": held.block + held.working, "states": held.states, "casts": casts}
     found = {
         "forward": _sum(every, {"loss": held.loss_forward}),

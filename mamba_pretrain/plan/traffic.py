@@ -35,11 +35,11 @@ def collectives(config: Config, world: int) -> list[Collective]:
     if engine == "single" or world == 1:
         return []
     if engine == "zero" and config.zero.stage < 3:
-        # DeepSpeed reduces a bucket to its owners by an all-reduce (use_multi_rank_bucket_allreduce); stage 2 keeps
-        # no whole gradients, so it does so for each micro-batch. overlap_comm is off.
+        # Each part of a bucket is reduced to its owner, which is as much as a reduce-scatter; stage 2 keeps no whole
+        # gradients, so it does so for each micro-batch. Without overlap_comm, which is stage 3's default only.
         times = micro_batches if config.zero.stage == 2 else 1
         return [
-            Collective("gradients", "all-reduce", p, world, 1, times, False),
+            Collective("gradients", "reduce-scatter", p, world, 1, times, False),
             Collective("parameters", "all-gather", p, world, 1, 1, False),
         ]
     root, _ = root_and_block(config)
@@ -48,7 +48,7 @@ def collectives(config: Config, world: int) -> list[Collective]:
         found = [
             Collective("parameters", "all-gather", p, world, 1, micro_batches, True),
             Collective("parameters again", "all-gather", p - kept, world, 1, micro_batches, True),
-            Collective("gradients", "reduce-scatter", p, world, 1, micro_batches, False),
+            Collective("gradients", "reduce-scatter", p, world, 1, micro_batches, True),
         ]
     else:
         gathers = 2 if config.fsdp.reshard_after_forward else 1

@@ -61,14 +61,15 @@ class LiveBytes(TorchDispatchMode):
                 self._add((leaf.to_local() if isinstance(leaf, DTensor) else leaf).untyped_storage())
         if len(self.sizes) > before:
             if self.resizes:
-                self.sizes = {key: 0 if (s := ref()) is None else s.nbytes() for key, ref in self.alive.items()}
-            self.peak = max(self.peak, sum(self.sizes.values()))
+                alive = list(self.alive.items())  # other threads free some meanwhile
+                self.sizes = {key: 0 if (s := ref()) is None else s.nbytes() for key, ref in alive}
+            self.peak = max(self.peak, sum(list(self.sizes.values())))
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)
         if key not in self.alive:
-            self.alive[key] = weakref.ref(storage, lambda _: (self.alive.pop(key), self.sizes.pop(key)))
+            self.alive[key] = weakref.ref(storage, lambda _: (self.alive.pop(key, None), self.sizes.pop(key, None)))
             self.sizes[key] = storage.nbytes()
 
 
@@ -126,7 +127,7 @@ def _two_steps(ranks: Ranks, config: Config, fake: bool = False) -> None:
     micro_batches = config.accumulation(ranks.world)
     for _ in range(2):
         for i in range(micro_batches):
-            with autocast(config.train.precision, CPU):
+            with autocast(config.train.precision, CPU, cache=False):
                 loss = engine.module(ids, ids.clone(), seq_idx, return_state=False).loss_sum / config.train.batch_tokens
             engine.backward(loss, last_micro_batch=i == micro_batches - 1)
             del loss

@@ -49,8 +49,10 @@ def test_the_peak_is_that_of_the_tensors_alive(engine: str, size: str, micro_bat
 
 
 @slow
-@pytest.mark.parametrize(("micro_batches", "options"), [(1, []), (2, [AGAIN])], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("engine", "micro_batches", "options"),
+    [*((e, 1, []) for e in ENGINES), ("zero-2", 2, [AGAIN]), ("fsdp", 2, [AGAIN])],
+)
 def test_the_peak_is_that_of_the_process(engine: str, micro_batches: int, options: list[str]) -> None:
     world, words = ENGINES[engine]
     rows, length, shape = SIZES["large"]

@@ -25,12 +25,12 @@ def config_of(engine: str, world: int, micro_batches: int, *options: str) -> Con
     ("engine", "world", "sent"),
     [
         ("single", 1, 0),
-        # All-reduce once, gather once: 3 (n - 1) / n of all.
-        ("zero-1", 4, 3 * WHOLE * 3 // 4),
-        # All-reduce for each of 3 micro-batches, gather once.
-        ("zero-2", 4, (3 * 2 + 1) * WHOLE * 3 // 4),
-        # A model this small is gathered once a micro-batch and kept for the backward; scattered each time.
-        ("zero-3", 4, 3 * 2 * WHOLE * 3 // 4),
+        # Reduce to the owners once, gather once: 2 (n - 1) / n of all.
+        ("zero-1", 4, 2 * WHOLE * 3 // 4),
+        # Reduce for each of 3 micro-batches, gather once.
+        ("zero-2", 4, (3 + 1) * WHOLE * 3 // 4),
+        # Gathered twice a micro-batch but for the embedding and the last block, which stay; scattered each time.
+        ("zero-3", 4, 3 * (3 * WHOLE - ROOT - BLOCKS // 4) * 3 // 4),
         # Embedding once, blocks twice a micro-batch; scattered once.
         ("fsdp", 4, (3 * (ROOT + 2 * BLOCKS) + WHOLE) * 3 // 4),
         # The same within pairs, and an all-reduce of each half between the two pairs.
