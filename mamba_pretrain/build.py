@@ -21,16 +21,18 @@ from mamba_pretrain.data.packing import n_windows
 from mamba_pretrain.data.shards import Manifest, Shard, open_split, verify_up_to
 from mamba_pretrain.data.tokenizer import Tokenizer, dataset_tokenizer, load_tokenizer
 from mamba_pretrain.distributed.agreement import agree, code_digest
-from mamba_pretrain.distributed.engine import MODEL, OPTIMIZER, Engine, Values
+from mamba_pretrain.distributed.engine import MODEL, OPTIMIZER, OPTIONAL, Engine, Values
 from mamba_pretrain.distributed.engines import make_engine
 from mamba_pretrain.distributed.env import DTYPES, bf16_is_native, check_precision, keep_freed_memory, resolve_device
 from mamba_pretrain.distributed.ranks import ALONE, Ranks
 from mamba_pretrain.export.pretrained import Pretrained, read_pretrained
+from mamba_pretrain.files import sha256_of
 from mamba_pretrain.model.describe import law_table
 from mamba_pretrain.model.law import audit, initial_value
 from mamba_pretrain.model.lm import MambaLM
 from mamba_pretrain.ops import dispatch
 from mamba_pretrain.ops.selfcheck import self_check
+from mamba_pretrain.pieces import PiecesError
 
 log = logging.getLogger("mamba_pretrain")
 
@@ -106,8 +108,8 @@ def build(config: Config, ranks: Ranks = ALONE) -> Run:
         ranks,
         {
             **_flat(asdict(config), without=("data.path", "data.verify_gib")),
-            "the data": manifest.fingerprint(config.data.train_split),
-            "the checkpoint to start from": None if resume_from is None else resume_from.name,
+            **{f"the data ({split})": manifest.fingerprint(split) for split in _splits(config)},
+            "the checkpoint to start from": _name_and_hash(resume_from),
             "the code of mamba_pretrain": code_digest(),
             "torch": torch.__version__,
         },
@@ -275,12 +277,29 @@ def _restore(run: Run, path: Path) -> None:
                 "resuming on other kernels, so losses will agree to rounding and no further: %s was on %s, is on %s",
                 *(op, backend, run.kernels.get(op)),
             )
-    run.engine.load({part: checkpoint.open_part(path, manifest, part) for part in (MODEL, OPTIMIZER)})
+    with run.ranks.together():
+        parts = {part: checkpoint.open_part(path, manifest, part) for part in (MODEL, OPTIMIZER)}
+        try:
+            for part, pieces in run.engine.state().items():
+                for piece in pieces:
+                    if piece.name in parts[part] or piece.name not in OPTIONAL:
+                        parts[part].check(piece)
+        except PiecesError as error:
+            raise CheckpointError(f"{path} cannot be resumed from: {error}") from error
+    run.engine.load(parts)
     run.state = TrainState(**json.loads((path / checkpoint.STATE).read_text()))
     log.info("resumed from %s", path)
     if run.state.step >= run.config.steps:
         finished = "nothing is left to do" if run.state.step == run.config.steps else "the run is longer than asked for"
         log.warning("%s is at step %d of %d: %s", path, run.state.step, run.config.steps, finished)
+
+
+def _splits(config: Config) -> list[str]:
+    return [split for split in (config.data.train_split, config.data.validation_split) if split]
+
+
+def _name_and_hash(path: Path | None) -> str | None:
+    return None if path is None else f"{path.name} (manifest {sha256_of(path / checkpoint.MANIFEST)[:12]})"
 
 
 def _flat(values: dict[str, Any], without: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -190,6 +190,9 @@ def open_part(directory: Path, manifest: dict[str, Any], part: str) -> Pieces:
     names = sorted(name for name in manifest["files"] if one_of_many.fullmatch(name))
     if not names:
         raise CheckpointError(f"{directory} has no {part}.safetensors")
+    of = {name.rpartition("-of-")[2] for name in names if "-of-" in name}
+    if len(of) > 1 or (of and int(of.copy().pop().partition(".")[0]) != len(names)):
+        raise CheckpointError(f"{directory / MANIFEST} lists {', '.join(names)}: that is not one of each of its parts")
     try:
         return Pieces([directory / name for name in names])
     except PiecesError as error:
@@ -232,10 +235,20 @@ def rotate(directory: Path, *, keep_last: int, keep_every_steps: int) -> list[Pa
     return doomed
 
 
-def clean(directory: Path) -> None:
-    """Removes what killed processes left half-written or half-deleted. Only for the process that alone writes here."""
+def clean(directory: Path) -> list[Path]:
+    """Removes what killed processes left half-written or half-deleted. Only for the process that alone writes here.
+
+    What has a checkpoint's name and no manifest is not ours to delete, but in the way of a save: it is renamed to
+    step_XXXXXXXX.incomplete-N, and returned.
+    """
     for leftover in (*directory.glob("step_*.deleting"), *directory.glob("step_*.tmp-*")):
         shutil.rmtree(leftover)
+    broken = [p for p in directory.glob("step_*") if _STEP.fullmatch(p.name) and not (p / MANIFEST).is_file()]
+    aside = []
+    for path in broken:
+        free = (path.with_name(f"{path.name}.incomplete-{n}") for n in range(1, 10**6))
+        aside.append(path.rename(next(p for p in free if not p.exists())))
+    return aside
 
 
 def _complete_siblings(directory: Path) -> str:

@@ -105,7 +105,7 @@ class Pieces:
             try:
                 file = safe_open(path, framework="pt")
                 self._index(file)
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, PiecesError) as error:
                 raise PiecesError(f"{path} is not a safetensors file: {error}") from error
         for parts in self._found.values():
             parts.sort(key=lambda part: part[:2])
@@ -117,12 +117,21 @@ class Pieces:
             name, start, stop = key, 0, math.prod(shape)
             if match := _KEY.fullmatch(key):
                 name, start, stop = match[1], int(match[2]), int(match[3])
+                if name not in metadata:
+                    raise PiecesError(f"no shape of {name}, of which it has {key}")
                 shape = tuple(json.loads(metadata[name]))
             self.shapes[name] = shape
             self._found.setdefault(name, []).append((start, stop, file, key))
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
+
+    def check(self, piece: Piece) -> None:
+        """Raises PiecesError where `piece` could not be read, or is of a tensor of another shape. Reads nothing."""
+        if self.shapes.get(piece.name, piece.shape) != piece.shape:
+            raise PiecesError(f"{piece.name} has the shape {self.shapes[piece.name]}, expected is {piece.shape}")
+        for _ in self._parts(piece.name, piece.start, piece.stop):
+            pass
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor, on the CPU; raises PiecesError where a part of it is missing."""
@@ -131,21 +140,26 @@ class Pieces:
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor, on the CPU. Reads no more of the files than that."""
-        parts: list[Tensor] = []
-        at = start
+        found = self._parts(name, start, stop)
+        parts: list[Tensor] = [file.get_tensor(key).view(-1)[first:last] for file, key, first, last in found]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def _parts(self, name: str, start: int, stop: int) -> list[tuple[Any, str, int, int]]:
+        """File, key and elements within it, in order, that make up [start, stop)."""
+        found, at = [], start
         for first, last, file, key in self._found.get(name, ()):
             if first <= at < last and at < stop:
-                flat = file.get_tensor(key).view(-1)
-                parts.append(flat[at - first : min(stop, last) - first])
-                at = min(stop, last)
+                end = min(stop, last)
+                found.append((file, key, at - first, end - first))
+                at = end
         if at < stop:
             what = f"elements {at} to {stop} of {name} are" if name in self.shapes else f"{name} is"
             raise PiecesError(
                 f"{what} in none of {', '.join(map(str, self.paths[:4]))}{', ...' * (len(self.paths) > 4)}"
             )
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat(parts) if parts else torch.empty(0)
+        return found
 
 
 def _blocks(data: Tensor) -> Iterator[memoryview]:

@@ -30,8 +30,8 @@ class Saver:
         self._pending: tuple[checkpoint.Save, dict[str, Any], str] | None = None
         self._began = self._stalled = 0.0  # when the pending save began, and for how long it has kept training waiting
         self._buffers: dict[tuple[str, int], Tensor] = {}
-        if run.ranks.first:
-            checkpoint.clean(self.directory)
+        for path in checkpoint.clean(self.directory) if run.ranks.first else ():
+            log.warning("%s has no manifest, so it is no checkpoint; it was in the way and is set aside", path)
 
     def due_by_step(self) -> bool:
         every, step = self.run.config.checkpoint.every_steps, self.run.state.step

@@ -32,7 +32,7 @@ from mamba_pretrain.data.packing import IGNORE
 from mamba_pretrain.distributed.engine import StepResult
 from mamba_pretrain.distributed.env import EXIT_PREEMPTED, Preemption, autocast, resolve_device
 from mamba_pretrain.distributed.ranks import connected, find_ranks
-from mamba_pretrain.distributed.watch import Watch
+from mamba_pretrain.distributed.watch import SLOWLY, Watch
 from mamba_pretrain.evaluate.perplexity import evaluate_windows
 from mamba_pretrain.metrics import Sinks, append_ledger, mfu, peak_memory_gib
 from mamba_pretrain.model.flops import training_flops_per_token
@@ -73,7 +73,9 @@ def run(config: Config) -> int:
                 stack.enter_context(only_run_in(directory))
         preemption = stack.enter_context(Preemption())
         watch = stack.enter_context(Watch(ranks, config.train.hang_minutes, directory, preemption))
+        watch.beat(SLOWLY)
         this = build(config, ranks)
+        watch.beat()
         config, state = this.config, this.state
         if ranks.first:
             config_module.save(config, directory / "config.yaml")
@@ -90,6 +92,8 @@ def run(config: Config) -> int:
             reason = preemption.reason  # read once: a signal from here on is the next step's
             told = ranks.sum(reason is not None, ranks.first and saver.due_by_time(), saver.written)
             stop, saving_by_time, written = told[0] > 0, told[1] > 0, told[2] == ranks.world
+            if written or saver.due_by_step() or saving_by_time or stop:
+                watch.beat(SLOWLY)
             if written:
                 saver.commit()
             saving = state.step == config.steps or saver.due_by_step() or saving_by_time or stop
@@ -99,12 +103,13 @@ def run(config: Config) -> int:
                 recent = Recent()
             if saving:
                 saver.save()
-                watch.beat()
+            watch.beat()
             if stop and state.step < config.steps:
                 saver.commit()
                 _leave(this, reason)
                 return EXIT_PREEMPTED
             _evaluate_if_due(this, sinks, watch)
+        watch.beat(SLOWLY)
         saver.commit()
         write_outcome(this, "finished")
     return 0

@@ -191,3 +191,13 @@ def test_every_file_is_on_disk_before_the_manifest_vouches_for_it_and_the_manife
     for name in ("model.safetensors", "optimizer.safetensors", "state.json", "config.yaml"):
         assert events.index(f"sync {name}") < manifest, events
     assert manifest < events.index("sync manifest.json") < renamed < events.index(f"sync {tmp_path.name}")
+
+
+def test_checkpoints_of_the_first_version_are_read(tmp_path: Path) -> None:
+    path = save(tmp_path, 1) or tmp_path / "step_00000001"
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"version": 1}))
+    assert checkpoint.load_model(path)[2]["version"] == 1
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"version": 3}))
+    with pytest.raises(CheckpointError, match="version 3"):
+        checkpoint.read_manifest(path)

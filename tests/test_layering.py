@@ -24,7 +24,7 @@ ROOMS = {  # a room may import itself and what is listed here; the longest match
     "checkpoint": {"files", "config", "pieces", "distributed.engine", "distributed.ranks"},
     "evaluate": {"model", "data", "distributed.env", "distributed.ranks", "metrics"},
     "export": {"model", "checkpoint", "config", "files", "pieces", "data.tokenizer", "distributed.engine"},
-    "build": {"checkpoint", "config", "data", "distributed", "export", "model", "ops", "optim"},
+    "build": {"checkpoint", "config", "data", "distributed", "export", "files", "model", "ops", "optim", "pieces"},
     "adopt": {"build", "checkpoint", "config", "data", "distributed.engine", "export", "pieces"},
     "saver": {"build", "checkpoint", "pieces"},
     "train": {"build", "saver", "config", "data", "distributed", "evaluate", "metrics", "model", "optim"},

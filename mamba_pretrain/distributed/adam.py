@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from mamba_pretrain.config import Config
-from mamba_pretrain.distributed.engine import MODEL, OPTIMIZER, StepResult, Values
+from mamba_pretrain.distributed.engine import MODEL, OPTIMIZER, OPTIONAL, StepResult, Values
 from mamba_pretrain.distributed.ranks import Ranks
 from mamba_pretrain.model.lm import MambaLM
 from mamba_pretrain.optim import AdamW, padding_rows
 from mamba_pretrain.pieces import Piece, Pieces
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-SCALARS = ("step", "loss_scale", "finite_steps")
+SCALARS = ("step", *OPTIONAL)
 
 
 class Shard(NamedTuple):

@@ -12,6 +12,7 @@ from mamba_pretrain.pieces import Piece, Pieces
 
 # The parts of a checkpoint: parameters by name; Adam's moments as "exp_avg.NAME" and "exp_avg_sq.NAME", and scalars.
 MODEL, OPTIMIZER = "model", "optimizer"
+OPTIONAL = ("loss_scale", "finite_steps")  # scalars that only fp16 has
 
 
 class StepResult(NamedTuple):

@@ -23,6 +23,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
 
 CONNECT = timedelta(minutes=5)  # for all ranks to find each other
 ANSWER = timedelta(seconds=15)  # for rank 0 to answer a greeting, which it does at once
+UNKNOWN = timedelta(seconds=30)  # for the host's name to get an address
 SOMEONE_ELSE = "what listens there is not rank 0 of this run"
 
 
@@ -90,6 +91,8 @@ def _wait_for_listener(host: str, port: int) -> None:
             socket.create_connection((host, port), timeout=ANSWER.total_seconds()).close()
             return
         except OSError as error:
+            if isinstance(error, socket.gaierror):  # a name may appear late, but not that late
+                deadline = min(deadline, time.monotonic() + UNKNOWN.total_seconds())
             if time.monotonic() > deadline:
                 raise DistNetworkError(f"nobody listened for {CONNECT.total_seconds():g} s: {error}") from error
         time.sleep(0.2)

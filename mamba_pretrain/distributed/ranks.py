@@ -119,6 +119,8 @@ def find_ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
     if not (0 <= rank < world and 0 <= local < locals_ <= world and local <= rank):
         said = ", ".join(f"{name}={environ.get(name)}" for name in names)
         raise ConfigError([f"the environment contradicts itself: {said}: rank {rank} of {world}, {local} of {locals_}"])
+    if not 1 <= int(port) <= 65535:
+        raise ConfigError([f"MASTER_PORT is {port}: ports go from 1 to 65535"])
     return Ranks(rank, world, local, locals_, f"{host}:{port}")
 
 
@@ -158,7 +160,9 @@ def connected(ranks: Ranks, device: torch.device) -> Iterator[None]:
         ) from error
     dist.distributed_c10d._set_pg_timeout(OPERATION)
     yield
-    dist.destroy_process_group()  # not after an error: it would wait for ranks that wait for this one
+    # Neither after an error: they would wait for ranks that wait for this one.
+    dist.barrier()  # no rank's sockets close while another still talks
+    dist.destroy_process_group()
 
 
 def lost_contact(error: BaseException) -> bool:

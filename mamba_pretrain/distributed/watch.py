@@ -15,9 +15,10 @@ from types import TracebackType
 from mamba_pretrain.distributed.env import EXIT_HUNG, Preemption
 from mamba_pretrain.distributed.ranks import Ranks
 
-LAUNCHERS = ("torchrun", "torch.distributed", "deepspeed", "launch.torchrun")
 DEEPSPEED_LAUNCH = "deepspeed.launcher.launch"
+LAUNCHERS = {"torchrun", "torch.distributed.run", "torch.distributed.launch", "launch.torchrun", DEEPSPEED_LAUNCH}
 INTERVAL_S = 0.5
+SLOWLY = 8  # times hang_minutes: reading and writing checkpoints may take long
 
 
 class Watch(AbstractContextManager["Watch"]):
@@ -48,13 +49,15 @@ class Watch(AbstractContextManager["Watch"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
-    def beat(self) -> None:
-        """Says that the run goes on."""
-        self._last = time.monotonic()
+    def beat(self, patience: float = 1) -> None:
+        """Says that the run goes on, and that the next beat will come within `patience` times hang_minutes."""
+        self._last = time.monotonic() + (patience - 1) * self.hang_s
         if self.hang_s and self.ranks.world > 1:
-            faulthandler.dump_traceback_later(1.5 * self.hang_s + 10, exit=True)
+            faulthandler.dump_traceback_later((patience + 0.5) * self.hang_s + 10, exit=True)
 
     def _run(self) -> None:
         while not self._ended.wait(INTERVAL_S):
@@ -91,11 +94,11 @@ def launchers(parent: int) -> list[tuple[int, int]]:
     This process, and the launch.py between it and the deepspeed CLI. None where neither torchrun nor that CLI started
     it: a run that somebody put into the background must outlive their shell.
     """
-    command = _command(parent)
-    if not any(name in command for name in LAUNCHERS):
+    program = _program(parent)
+    if program not in LAUNCHERS:
         return []
     found = [(os.getpid(), parent)]
-    if DEEPSPEED_LAUNCH in command and (grandparent := parent_of(parent)) is not None:
+    if program == DEEPSPEED_LAUNCH and (grandparent := parent_of(parent)) is not None:
         found.append((parent, grandparent))
     return found
 
@@ -108,8 +111,13 @@ def parent_of(pid: int) -> int | None:
         return None
 
 
-def _command(pid: int) -> str:
+def _program(pid: int) -> str:
+    """The module or script that a process runs: NAME of `python -m NAME`, `python .../NAME`, `.../NAME`."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     except OSError:
         return ""
+    while len(words) > 1 and (words[0].startswith("-") or Path(words[0]).name.startswith("python")):
+        if words.pop(0) == "-m":
+            return words[0]
+    return Path(words[0]).name

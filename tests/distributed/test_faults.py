@@ -8,6 +8,8 @@ import logging
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -244,9 +246,9 @@ def disagree_on_start(dataset: Path) -> str:
         [(disagree_on_lr, LR_DIFFERS)],
         [
             (disagree_on_lr, LR_DIFFERS),
-            (disagree_on_data, "the ranks disagree about the data: "),
+            (disagree_on_data, "the ranks disagree about the data (train): "),
             (disagree_on_code, "code of mamba_pretrain: 'digest 0' on rank 0 ({host}); 'digest 1' on rank 1 ({host})"),
-            (disagree_on_start, "start from: 'step_00000008' on rank 0 ({host}); 'step_00000004' on rank 1 ({host})"),
+            (disagree_on_start, "the ranks disagree about the checkpoint to start from: 'step_00000008 (manifest "),
         ],
     ),
 )
@@ -288,8 +290,17 @@ def test_what_one_rank_cannot_find_ends_all_with_one_message_and_exit_code(
     assert "Traceback" not in errors
 
 
-def test_only_launchers_are_watched_by_their_ranks(tmp_path: Path) -> None:
-    assert launchers(os.getpid()) == [], "this process is no launcher"
+@pytest.mark.parametrize(
+    ("name", "watched"), [("torchrun", True), ("start_torchrun_like.py", False), ("deepspeed_notes.py", False)]
+)
+def test_only_launchers_are_watched_by_their_ranks(name: str, watched: bool, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("print('here', flush=True)\ninput()\n")
+    words = [sys.executable, str(tmp_path / name), "torchrun", "deepspeed"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        assert bool(launchers(parent.pid)) == watched
+        parent.communicate("\n")
 
 
 @pytest.mark.slow

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from mamba_pretrain import checkpoint
 from mamba_pretrain.build import build
@@ -127,6 +129,12 @@ def test_the_same_engine_on_as_many_ranks_goes_on_to_the_bit(name: str, dataset:
 
 @pytest.mark.parametrize("name", slow_but(["fsdp-2", "zero-3"], ["fsdp-2", "hsdp-2x2", "zero-1", "zero-2", "zero-3"]))
 def test_every_rank_writes_its_part_and_no_more(name: str, saved: Callable[[str], Path]) -> None:
-    sizes = [file.stat().st_size for file in sorted(saved(name).glob("optimizer*.safetensors"))]
-    assert len(sizes) == LAYOUTS[name][0]
-    assert max(sizes) < 1.35 * sum(sizes) / len(sizes)
+    tensors = []
+    for path in sorted(saved(name).glob("optimizer*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors.append(sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys()))  # noqa: SIM118
+    assert len(tensors) == LAYOUTS[name][0]
+    assert max(tensors) < 1.35 * sum(tensors) / len(tensors)
+    model = checkpoint.open_part(saved(name), checkpoint.verify(saved(name)), MODEL)
+    parameters = sum(math.prod(shape) for shape in model.shapes.values())
+    assert sum(tensors) == 2 * parameters + 1, "nothing twice, but for two moments; and Adam's step"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -205,3 +206,27 @@ def test_an_asynchronous_save_that_fails_stamps_no_manifest_and_ends_the_run(dat
 
     assert all("Input/output error" in text for text in in_processes(2, work))
     assert found(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_manifest_that_lists_too_little_is_one_message_on_every_rank(dataset: Path, tmp_path: Path) -> None:
+    assert in_processes(2, quiet_run, configured(dataset, tmp_path, "train.steps=3")) == [0, 0]
+    path = tmp_path / "checkpoints/step_00000003/manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"]["optimizer-00001-of-00002.safetensors"]
+    path.write_text(json.dumps(manifest))
+
+    def work() -> str:
+        with pytest.raises((CheckpointError, PeerError)) as caught:
+            train.run(configured(dataset, tmp_path, "checkpoint.resume=auto"))
+        return str(caught.value)
+
+    assert all("that is not one of each of its parts" in text for text in in_processes(2, work))
+
+
+@pytest.mark.slow
+def test_a_step_directory_without_manifest_is_set_aside(dataset: Path, tmp_path: Path) -> None:
+    assert in_processes(2, quiet_run, configured(dataset, tmp_path)) == [0, 0]
+    (tmp_path / "checkpoints/step_00000006/manifest.json").unlink()
+    assert in_processes(2, quiet_run, configured(dataset, tmp_path, "checkpoint.resume=auto")) == [0, 0]
+    assert found(tmp_path) == ["step_00000003", "step_00000006", "step_00000006.incomplete-1"]

@@ -134,6 +134,19 @@ def test_saving_and_loading_goes_on_to_the_bit(precision: str, tmp_path: Path) -
         assert torch.equal(a, b)
 
 
+def test_the_moments_are_saved_under_their_names() -> None:
+    engine = make_engine(clip_norm=0.0)
+    loss_of(engine, 1).backward()
+    gradients = {name: p.grad.clone() for name, p in engine.module.named_parameters() if p.grad is not None}
+    engine.optimizer.zero_grad()
+    engine.backward(loss_of(engine, 1), last_micro_batch=True)
+    engine.step(1e-2)
+    saved = {piece.name: piece.data.view(piece.shape) for piece in engine.state()[OPTIMIZER] if piece.shape}
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(saved[f"exp_avg.{name}"], (1 - 0.9) * gradient)
+        torch.testing.assert_close(saved[f"exp_avg_sq.{name}"], (1 - 0.95) * gradient**2)
+
+
 def test_a_checkpoint_before_the_first_step_loads(tmp_path: Path) -> None:
     engine, other = make_engine(), make_engine(seed=1)
     hand_over(engine, other, tmp_path)

@@ -31,8 +31,7 @@ slow = pytest.mark.slow
         *(
             pytest.param(engine, size, micro_batches, options, marks=slow)
             for engine in ENGINES
-            for size in ("small", "middle")
-            for micro_batches, options in ((1, []), (2, [AGAIN]))
+            for size, micro_batches, options in (("small", 1, []), ("small", 2, [AGAIN]), ("middle", 1, []))
         ),
         pytest.param("fsdp", "middle", 1, ["fsdp.reshard_after_forward=false"], marks=slow),
         pytest.param("zero-3", "middle", 1, ["train.precision=fp32"], marks=slow),
