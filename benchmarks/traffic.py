@@ -104,7 +104,8 @@ class Meter:
 
     def _replace(self, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         original = getattr(owner, name)
-        self._put_back.append((owner, name, original))
+        # What lies in the class, not what getattr makes of it: a C++ method put back bare would no longer bind.
+        self._put_back.append((owner, name, vars(owner).get(name, original)))
         setattr(owner, name, wrap(original))
 
     def _timed(self, original: Callable[..., Any]) -> Callable[..., Any]:

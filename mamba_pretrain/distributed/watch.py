@@ -18,6 +18,7 @@ from mamba_pretrain.distributed.ranks import Ranks
 DEEPSPEED_LAUNCH = "deepspeed.launcher.launch"
 LAUNCHERS = {"torchrun", "torch.distributed.run", "torch.distributed.launch", "launch.torchrun", DEEPSPEED_LAUNCH}
 INTERVAL_S = 0.5
+GRACE_S = 4  # for the other ranks to dump theirs, before they lose contact with this one
 SLOWLY = 8  # times hang_minutes: reading and writing checkpoints may take long
 
 
@@ -85,6 +86,7 @@ class Watch(AbstractContextManager["Watch"]):
             flush=True,
         )
         faulthandler.dump_traceback()
+        time.sleep(GRACE_S)
         os._exit(EXIT_HUNG)
 
 

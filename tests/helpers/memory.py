@@ -96,8 +96,9 @@ def resident_peak(ranks: Ranks, config: Config) -> int:
     fragments, too.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what `empty` makes: untouched pages do not count
-    m_mmap_threshold = -3  # of glibc's malloc.h
-    ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**16)
+    m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4  # of glibc's malloc.h
+    for option, value in ((m_trim_threshold, 2**17), (m_mmap_threshold, 2**16), (m_mmap_max, 2**16)):
+        ctypes.CDLL(None).mallopt(option, value)
     words = ["model.d_model=64", "model.n_layer=2", "model.vocab_size=512", f"train.precision={config.train.precision}"]
     tiny = step_config(ranks.world, 2, 64, *words, f"train.engine={config.train.engine}")
     tiny.zero, tiny.fsdp = config.zero, config.fsdp
