@@ -21,7 +21,8 @@ import mamba_pretrain
 from data_prep.command import new_parser, run
 from data_prep.corpus import Corpus, Document, add_split_arguments, split_of, split_rule
 from data_prep.streams import CorpusError
-from mamba_pretrain.data.shards import Manifest, ShardError, SplitInfo, SplitRule, TokenizerInfo
+from mamba_pretrain.data.manifest import Manifest, SplitInfo, SplitRule, TokenizerInfo
+from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer
 from mamba_pretrain.data.writer import ShardWriter
 from mamba_pretrain.files import atomic_directory
@@ -166,8 +167,8 @@ def summary(manifest: Manifest) -> str:
     """A table of the splits, and a sentence for everything a reader should know before training on them."""
     rows = [f"{'split':<12}{'documents':>12}{'tokens':>16}{'text bytes':>16}{'tokens/byte':>13}"]
     rows += [
-        f"{split:<12}{info.documents:>12,}{info.tokens:>16,}{info.text_bytes:>16,}"
-        f"{info.tokens / max(info.text_bytes, 1):>13.4f}"
+        f"{split:<12}{info.documents:>12,}{info.tokens:>16,}"
+        + ("" if info.text_bytes is None else f"{info.text_bytes:>16,}{info.tokens / max(info.text_bytes, 1):>13.4f}")
         for split, info in manifest.splits.items()
     ]
     rows += [f"warning: the {split} split is empty" for split, info in manifest.splits.items() if not info.documents]
@@ -215,7 +216,7 @@ def body(arguments: Namespace) -> int:
         command=sys.argv,
     )
     seconds = time.perf_counter() - began
-    text_mb = sum(info.text_bytes for info in manifest.splits.values()) / 1e6
+    text_mb = sum(info.text_bytes or 0 for info in manifest.splits.values()) / 1e6
     print(summary(manifest))
     print(f"{arguments.output}: {text_mb:,.1f} MB of text in {seconds:,.1f} s, {text_mb / seconds:,.1f} MB/s")
     return 0

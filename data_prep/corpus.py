@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from data_prep.streams import CorpusError, lines, optional
-from mamba_pretrain.data.shards import SPLITS, SourceInfo, SplitRule
+from mamba_pretrain.data.manifest import SPLITS, SourceInfo, SplitRule
 
 DATASET_MARKERS: Final = ("dataset_dict.json", "state.json")  # what datasets' save_to_disk leaves in a directory
 

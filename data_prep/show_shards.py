@@ -9,7 +9,9 @@ from pathlib import Path
 
 from data_prep.build_shards import summary
 from data_prep.command import new_parser, run
-from mamba_pretrain.data.shards import Manifest, Shard, ShardError, open_split
+from mamba_pretrain.data.dataset import open_split
+from mamba_pretrain.data.manifest import Manifest
+from mamba_pretrain.data.shards import Shard, ShardError
 from mamba_pretrain.data.tokenizer import dataset_tokenizer
 
 DESCRIPTION = """\

@@ -10,7 +10,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_prep.command import new_parser, run
-from mamba_pretrain.data.shards import SPLITS, Manifest, verify
+from mamba_pretrain.data.dataset import verify
+from mamba_pretrain.data.manifest import SPLITS, Manifest
 
 DESCRIPTION = """\
 Read a whole dataset and compare it with its manifest: every file's hash, every document's place, every token's range.

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from mamba_pretrain.checkpoint import MODEL, checkpoints
 from mamba_pretrain.config import load
-from mamba_pretrain.data.shards import open_split
+from mamba_pretrain.data.dataset import open_split
 from mamba_pretrain.data.tokenizer import load_tokenizer
 from mamba_pretrain.distributed.env import EXIT_PREEMPTED
 from mamba_pretrain.evaluate.baselines import measure, texts

@@ -16,9 +16,11 @@ from mamba_pretrain import checkpoint
 from mamba_pretrain import config as config_module
 from mamba_pretrain.checkpoint import CheckpointError
 from mamba_pretrain.config import Config, ConfigError, ModelConfig
+from mamba_pretrain.data.dataset import open_split, verify_up_to
+from mamba_pretrain.data.manifest import Manifest
 from mamba_pretrain.data.order import ORDER_VERSION
 from mamba_pretrain.data.packing import n_windows
-from mamba_pretrain.data.shards import Manifest, Shard, open_split, verify_up_to
+from mamba_pretrain.data.shards import Shard
 from mamba_pretrain.data.tokenizer import Tokenizer, dataset_tokenizer, load_tokenizer
 from mamba_pretrain.distributed.agreement import agree, code_digest
 from mamba_pretrain.distributed.engine import MODEL, OPTIMIZER, OPTIONAL, Engine, Values

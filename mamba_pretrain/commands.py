@@ -11,8 +11,8 @@ from pathlib import Path
 
 from mamba_pretrain.adopt import import_deepspeed
 from mamba_pretrain.config import Config, ConfigError, DataConfig, load
+from mamba_pretrain.data.dataset import open_split, verify_up_to
 from mamba_pretrain.data.packing import n_windows
-from mamba_pretrain.data.shards import open_split, verify_up_to
 from mamba_pretrain.data.tokenizer import dataset_tokenizer, load_tokenizer
 from mamba_pretrain.distributed.env import autocast, keep_freed_memory, resolve_device
 from mamba_pretrain.distributed.ranks import find_ranks

@@ -15,7 +15,8 @@ from mamba_pretrain import checkpoint
 from mamba_pretrain.build import build
 from mamba_pretrain.checkpoint import CheckpointError
 from mamba_pretrain.config import ConfigError
-from mamba_pretrain.data.shards import ShardError, open_split
+from mamba_pretrain.data.dataset import open_split
+from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.export.convert import export_checkpoint
 from mamba_pretrain.ops import dispatch
 from mamba_pretrain.train import run, steps

@@ -60,7 +60,7 @@ ROOMS = {  # a room may import itself and what is listed here; the longest match
         "plan",
         "train",
     },
-    "data_prep": {"data.shards", "data.writer", "data.tokenizer", "files"},
+    "data_prep": {"data.dataset", "data.manifest", "data.shards", "data.writer", "data.tokenizer", "files"},
     "launch": {"cli", "train", "distributed.env", "evaluate", "export", "data", "config", "checkpoint", "model"},
 }
 # Where a package is optional, or heavy and needed by one command only, it is imported when it is used.
@@ -68,6 +68,8 @@ LAZY = {"metrics", "commands", "evaluate", "data_prep", "launch", "ops.backends"
 HEAVY = {
     "data_prep": "torch",
     "config": "torch",
+    "data.dataset": "torch",
+    "data.manifest": "torch",
     "data.shards": "torch",
     "data.order": "torch",
     "data.packing": "torch",

@@ -1,11 +1,7 @@
-"""Token shards on disk: Megatron's indexed dataset, read in O(1) memory, and the manifest that identifies it.
+"""Token shards on disk: Megatron's indexed dataset, read in O(1) memory. A pair of files:
 
-A dataset is one directory:
-
-    manifest.json                   what it was made of, and the sha256 of every file
-    tokenizer.model | .json | .bytes    the tokenizer that made it
-    {train,validation,test}.bin     raw tokens, one document after the other
-    {train,validation,test}.idx     little-endian, in this order:
+    PREFIX.bin      raw tokens, one document after the other
+    PREFIX.idx      little-endian, in this order:
         9 bytes   magic "MMIDIDX\\0\\0"
         u64       version, 1
         u8        dtype code of the tokens (DTYPES)
@@ -21,15 +17,9 @@ read these files and theirs are read here. `writer.py` writes one sequence a doc
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import logging
 import struct
-import typing
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -37,17 +27,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mamba_pretrain.files import sha256_of
-
-SPLITS: Final = ("train", "validation", "test")
-MANIFEST: Final = "manifest.json"
 MAGIC: Final = b"MMIDIDX\x00\x00"
 VERSION: Final = 1
 HEADER: Final = struct.Struct("<9sQBQQ")
 DTYPES: Final = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
-BLOCK_BYTES: Final = 1 << 24  # what verify() holds in memory at a time
-
-log = logging.getLogger("mamba_pretrain")
+BLOCK_BYTES: Final = 1 << 24  # what problems() holds in memory at a time
 
 
 class ShardError(ValueError):
@@ -197,183 +181,3 @@ class Shard:
                     f"{self._bin}: {wrong.size:,} tokens outside the vocabulary of {limit:,}, the first is id "
                     f"{tokens[i]} at position {begin + i:,}"
                 )
-
-
-@dataclass(frozen=True)
-class FileInfo:
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class SplitInfo:
-    """Counts of one split. `text_bytes` is the UTF-8 text alone, the denominator of bits per byte."""
-
-    documents: int
-    tokens: int  # with the bos and eod of each document
-    text_bytes: int
-    words: int  # separated by whitespace
-    files: dict[str, FileInfo]
-
-
-@dataclass(frozen=True)
-class TokenizerInfo:
-    kind: str
-    sha256: str
-    vocab_size: int
-    bos_id: int
-    eod_id: int
-    file: str
-
-
-@dataclass(frozen=True)
-class SourceInfo:
-    path: str
-    bytes: int
-
-
-@dataclass(frozen=True)
-class SplitRule:
-    seed: int
-    fractions: dict[str, float]
-    how: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a dataset is and where it came from; `manifest.json`, field for field."""
-
-    tokenizer: TokenizerInfo
-    dtype: str
-    adds_bos: bool
-    splits: dict[str, SplitInfo]
-    split_rule: SplitRule
-    sources: list[SourceInfo]
-    skipped_records: int  # invalid, left out because the command was told to
-    empty_documents: int  # valid, without text, left out
-    not_round_trip: int  # documents that do not decode back to their own bytes
-    command: list[str]
-    versions: dict[str, str]
-    format: str = "megatron-indexed-dataset"
-    version: int = 1
-
-    def fingerprint(self, split: str) -> str:
-        """16 hex digits that identify what a run trains on: this split's tokens and documents, and their meaning."""
-        files = self.splits[split].files
-        parts = files[f"{split}.bin"].sha256, files[f"{split}.idx"].sha256, self.tokenizer.sha256
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
-
-    def write(self, directory: Path) -> None:
-        (directory / MANIFEST).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def read(cls, directory: str | Path) -> Manifest:
-        """Raises ShardError where there is no manifest, or one with unknown, missing or mistyped fields."""
-        path = Path(directory) / MANIFEST
-        if not path.is_file():
-            reason = "the directory has none" if path.parent.is_dir() else "the directory does not exist"
-            raise ShardError(f"no dataset in {path.parent}: it would hold a {MANIFEST}, and {reason}")
-        try:
-            fields = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise ShardError(f"{path} is not JSON ({error}); make the dataset again") from error
-        known: dict[str, object] = {"format": cls.format, "version": cls.version}
-        found = {name: fields.get(name) for name in known} if isinstance(fields, dict) else fields
-        if found != known:
-            raise ShardError(f"{path} is {found}; this reader knows {known} only")
-        manifest = _typed(cls, fields, str(path))
-        assert isinstance(manifest, Manifest)
-        return manifest
-
-
-def _typed(kind: Any, value: Any, where: str) -> Any:
-    """`value` out of JSON as the annotated type `kind`: dataclasses, lists, dicts with string keys, scalars."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    is_record = isinstance(kind, type) and dataclasses.is_dataclass(kind)
-    expected = dict if is_record else origin or kind
-    # By type(), as True is an instance of int. JSON does not tell 1.0 from 1.
-    if type(value) not in ((float, int) if expected is float else (expected,)):
-        raise ShardError(f"{where}: {value!r} is not a {expected.__name__}")
-    if is_record:
-        hints = typing.get_type_hints(kind)
-        if hints.keys() != value.keys():
-            unknown, missing = sorted(value.keys() - hints.keys()), sorted(hints.keys() - value.keys())
-            raise ShardError(f"{where}: unknown fields {unknown}, missing {missing}: another program's, or damaged")
-        return kind(**{name: _typed(hints[name], value[name], f"{where}: {name}") for name in hints})
-    if origin is list:
-        return [_typed(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if origin is dict:
-        return {name: _typed(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
-    return value
-
-
-def open_split(directory: str | Path, split: str, *, tokenizer_sha256: str | None = None) -> tuple[Shard, Manifest]:
-    """The split's tokens and the dataset's manifest, checked against each other without reading the tokens.
-
-    `tokenizer_sha256`: the tokenizer the caller's model speaks; a dataset made with another one is a ShardError.
-    """
-    directory = Path(directory)
-    manifest = Manifest.read(directory)
-    if split not in manifest.splits:
-        raise ShardError(f"{directory} has no split {split!r}; it has {', '.join(manifest.splits)}")
-    if tokenizer_sha256 is not None and tokenizer_sha256 != manifest.tokenizer.sha256:
-        raise ShardError(
-            f"{directory} was made with another tokenizer ({manifest.tokenizer.kind}, sha256 "
-            f"{manifest.tokenizer.sha256[:12]}) than the one asked for (sha256 {tokenizer_sha256[:12]}): its token ids "
-            "mean other text. Use that dataset's tokenizer, or build the dataset again with yours"
-        )
-    shard, info = Shard(directory / split), manifest.splits[split]
-    for name, file in info.files.items():
-        found = (directory / name).stat().st_size
-        if found != file.bytes:
-            raise ShardError(f"{directory / name} has {found:,} bytes, the manifest says {file.bytes:,}")
-    if (shard.n_documents, shard.n_tokens, shard.dtype.name) != (info.documents, info.tokens, manifest.dtype):
-        raise ShardError(
-            f"{shard.path} has {shard.n_documents:,} documents, {shard.n_tokens:,} tokens of {shard.dtype.name}; the "
-            f"manifest says {info.documents:,}, {info.tokens:,} of {manifest.dtype}"
-        )
-    return shard, manifest
-
-
-def verify(
-    directory: str | Path, splits: Sequence[str] | None = None, progress: Callable[[int], object] = lambda _: None
-) -> list[str]:
-    """Reads everything, twice (hashes, then contents), and returns every problem found; none is a sound dataset.
-
-    `progress` is told the bytes of each block hashed. Raises ShardError only where there is no readable manifest.
-    """
-    directory = Path(directory)
-    manifest = Manifest.read(directory)
-    chosen = list(manifest.splits if splits is None else splits)
-    problems = [f"{directory} has no split {split!r}" for split in chosen if split not in manifest.splits]
-    chosen = [split for split in chosen if split in manifest.splits]
-    hashes = {manifest.tokenizer.file: manifest.tokenizer.sha256}
-    for split in chosen:
-        hashes |= {name: file.sha256 for name, file in manifest.splits[split].files.items()}
-    for name, expected in hashes.items():
-        if not (directory / name).is_file():
-            problems.append(f"{directory / name} is missing")
-        elif (found := sha256_of(directory / name, progress)) != expected:
-            problems.append(
-                f"{directory / name} has sha256 {found[:12]}, the manifest says {expected[:12]}: it changed"
-            )
-    for split in chosen:
-        try:
-            shard, _ = open_split(directory, split)
-        except (ShardError, FileNotFoundError) as error:
-            problems.append(str(error))
-        else:
-            problems.extend(shard.problems(manifest.tokenizer.vocab_size))
-    return problems
-
-
-def verify_up_to(directory: str | Path, splits: Sequence[str], gib: float) -> None:
-    """Verifies each split of at most `gib` GiB, and warns about a larger one. Raises ShardError for a damaged one."""
-    manifest = Manifest.read(directory)
-    for split in splits:
-        size = sum(file.bytes for file in manifest.splits[split].files.values()) / 2**30
-        if size > gib:
-            how = "run python -m data_prep.verify_shards once"
-            log.warning("%s: %.1f GiB, more than %g, are not hashed; %s", split, size, gib, how)
-        elif problems := verify(directory, [split]):
-            raise ShardError(f"{directory} is damaged:\n" + "\n".join(f"- {p}" for p in problems))

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 import sentencepiece
 import tokenizers
 
-from mamba_pretrain.data.shards import Manifest
+from mamba_pretrain.data.manifest import Manifest
 
 SPACE_MARK: Final = "\u2581"  # SentencePiece writes a space as this character
 REPLACEMENT: Final = "\ufffd".encode()  # what the tokenizers library shows for a part of a character

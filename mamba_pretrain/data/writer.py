@@ -12,7 +12,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mamba_pretrain.data.shards import BLOCK_BYTES, DTYPES, HEADER, MAGIC, VERSION, FileInfo, ShardError
+from mamba_pretrain.data.manifest import FileInfo
+from mamba_pretrain.data.shards import BLOCK_BYTES, DTYPES, HEADER, MAGIC, VERSION, ShardError
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

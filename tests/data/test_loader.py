@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mamba_pretrain.data.dataset import open_split
 from mamba_pretrain.data.loader import Batch, LoaderError, WindowDataset, batches
 from mamba_pretrain.data.order import window_at
-from mamba_pretrain.data.shards import ShardError, open_split
+from mamba_pretrain.data.shards import ShardError
 from tests.helpers.corpora import make_dataset
 
 SEQ_LEN = 128
@@ -111,7 +112,7 @@ def test_a_loader_process_that_ends_is_one_message(dataset: WindowDataset) -> No
 SCRIPT = """
 import signal, sys
 from mamba_pretrain.data.loader import WindowDataset, batches
-from mamba_pretrain.data.shards import open_split
+from mamba_pretrain.data.dataset import open_split
 stopped = []
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda *_: stopped.append(1))

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mamba_pretrain.data.shards import HEADER, Manifest, Shard, ShardError, open_split, verify, verify_up_to
+from mamba_pretrain.data.dataset import open_split, verify, verify_up_to
+from mamba_pretrain.data.manifest import Manifest
+from mamba_pretrain.data.shards import HEADER, Shard, ShardError
 from mamba_pretrain.data.writer import ShardWriter
 from mamba_pretrain.files import atomic_directory
 from tests.helpers.corpora import make_dataset
@@ -237,7 +239,7 @@ def edit_manifest(dataset: Path, **fields: object) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"version": 2}, "'version': 2}; this reader knows"),
+        ({"version": 3}, "'version': 3}; this reader knows .* versions 1 and 2: a newer version of this program"),
         ({"format": "npy"}, "'format': 'npy'"),
         ({"colour": "red"}, r"unknown fields \['colour'\], missing \[\]"),
         ({"adds_bos": 1}, "adds_bos: 1 is not a bool"),
@@ -251,6 +253,14 @@ def test_a_manifest_this_version_does_not_know_is_refused(
     edit_manifest(dataset, **fields)
     with pytest.raises(ShardError, match=message):
         Manifest.read(dataset)
+
+
+def test_a_manifest_of_version_1_is_read_as_what_it_said(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "data")
+    path, now = dataset / "manifest.json", Manifest.read(dataset)
+    fields = json.loads(path.read_text()) | {"version": 1}
+    path.write_text(json.dumps({k: v for k, v in fields.items() if k not in ("selection", "origin")}))
+    assert Manifest.read(dataset) == now
 
 
 def test_manifest_survives_json(tmp_path: Path) -> None:

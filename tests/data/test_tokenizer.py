@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data_prep.train_tokenizer import train
-from mamba_pretrain.data.shards import Manifest
+from mamba_pretrain.data.manifest import Manifest
 from mamba_pretrain.data.tokenizer import Tokenizer, TokenizerError, dataset_tokenizer, load_tokenizer
 from tests.helpers.corpora import make_dataset, make_documents
 

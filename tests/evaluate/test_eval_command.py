@@ -9,7 +9,7 @@ import pytest
 
 from mamba_pretrain.cli import main
 from mamba_pretrain.config import Config, ModelConfig, load
-from mamba_pretrain.data.shards import Manifest
+from mamba_pretrain.data.manifest import Manifest
 from mamba_pretrain.model.lm import MambaLM
 from tests.helpers.corpora import make_dataset
 from tests.helpers.native import write_checkpoint

@@ -16,8 +16,8 @@ from torch import Tensor
 from mamba_pretrain import checkpoint
 from mamba_pretrain.build import build
 from mamba_pretrain.cli import main
+from mamba_pretrain.data.dataset import open_split
 from mamba_pretrain.data.packing import n_windows
-from mamba_pretrain.data.shards import open_split
 from mamba_pretrain.distributed.engine import MODEL, OPTIMIZER
 from mamba_pretrain.distributed.ranks import Ranks
 from mamba_pretrain.export.deepspeed import translate

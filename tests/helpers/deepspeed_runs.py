@@ -15,9 +15,9 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 
 from mamba_pretrain.config import Config
+from mamba_pretrain.data.dataset import open_split
 from mamba_pretrain.data.loader import WindowDataset, batches
 from mamba_pretrain.data.packing import IGNORE
-from mamba_pretrain.data.shards import open_split
 from mamba_pretrain.distributed.ranks import Ranks
 from mamba_pretrain.model.block import Block
 from mamba_pretrain.model.law import decays
