@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("mamba-pretrain", "torch", "transformers", "mambapy", "numpy")
+PACKAGES = (
+    *("mamba-pretrain", "torch", "numpy", "tokenizers", "sentencepiece"),
+    *("transformers", "mambapy", "datasets", "datatrove", "megatron-core"),
+)
 MIB = 2**20
 
 
