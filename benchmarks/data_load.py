@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import statistics
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -158,26 +157,27 @@ def measure_start(report: Report, options: Any, scratch: Path) -> None:
 
 
 def measure_verify(report: Report, options: Any, scratch: Path) -> None:
-    """The command on a dataset and, in the same round, on one of a single document, which is its start-up."""
-    data, small = scratch / "verified", scratch / "verified-small"
-    write_letters(data, options.verify_tokens)
-    write_letters(small, 1)
-    files = [data / "train.bin", data / "train.idx"]
+    """The command on two datasets and, in the same round, on two of a single document, which is its start-up."""
+    data, small = ([scratch / f"{name}-{i}" for i in range(2)] for name in ("verified", "verified-small"))
+    for large, tiny in zip(data, small, strict=True):
+        write_letters(large, options.verify_tokens // 2)
+        write_letters(tiny, 1)
+    files = [directory / f"train.{suffix}" for directory in data for suffix in ("bin", "idx")]
     gigabytes = sum(file.stat().st_size for file in files) / 1e9
 
-    def verify(directory: Path, processes: int, _: object = None) -> float:
-        words = [sys.executable, "-m", "data_prep.verify_shards", str(directory), "--workers", str(processes)]
-        return run_command(words)[0]
+    def verify(directories: Sequence[Path], workers: int, _: object = None) -> float:
+        words = ["data_prep.verify_shards", *map(str, directories), "--workers", str(workers)]
+        return run_command([sys.executable, "-m", *words])[0]
 
     tasks = {"sha256sum": Task(lambda _: run_command(["sha256sum", *map(str, files)])[0])}
     for n in options.processes:
         tasks[f"ours, {n}"] = Task(partial(verify, data, n))
         tasks[f"ours, {n}, start-up"] = Task(partial(verify, small, n))
-    report.row("**verify_shards**", "**bytes a second**", "**with start-up**", "**/ sha256sum**", "")
+    report.row("**verify_shards**", "**bytes a second**", "**with start-up**", "**ours / sha256sum**", "**start-up**")
     try:
         seconds = take_turns(tasks, options.rounds)
     except (CommandError, OSError) as error:
-        _failed(report, "verify: ours, 1", error)
+        _failed(report, f"verify: ours, {options.processes[0]}", error)
         return
     others = seconds["sha256sum"]
     report.row("sha256sum", report.add("verify: sha256sum", _rate(gigabytes, others)), "", "", "")
@@ -185,20 +185,20 @@ def measure_verify(report: Report, options: Any, scratch: Path) -> None:
         whole, starting = seconds[f"ours, {n}"], seconds[f"ours, {n}, start-up"]
         net = [all_ - start for all_, start in zip(whole, starting, strict=True)]
         if min(net) <= 0:
-            report.note(f"verify: ours, {n}: too little data to tell its time from its start-up")
+            report.note(f"verify: ours, {n}: its start-up takes as long as the data: use more --verify-tokens")
             net = []
         report.row(
-            f"ours, {n} process{'es' if n > 1 else ''}",
+            f"ours, {n} worker{'s' if n > 1 else ''}",
             report.add(f"verify: ours, {n}", _rate(gigabytes, net)),
             report.add(f"verify: ours, {n}, with start-up", _rate(gigabytes, whole)),
             report.add(f"verify: ours / sha256sum, {n}", ratio(others, net)),
-            "",
+            report.add(f"verify: ours, {n}, start-up", Figure.of(starting, "s")),
         )
     report.note(
-        f"verify: {gigabytes:.2f} GB in the system's cache; ours also reads every token and the whole index; "
-        f"start-up {statistics.median(seconds[f'ours, {options.processes[0]}, start-up']):.2f} s"
+        f"verify: {gigabytes:.2f} GB of two datasets, in the system's cache; ours also looks at every token and the "
+        "whole index; a worker of it reads in one thread and hashes in another"
     )
-    for made in (data, small):
+    for made in (*data, *small):
         shutil.rmtree(made)
 
 

@@ -244,14 +244,20 @@ def tell(
                 net = []
             rates[label] = [(text.bytes - few.bytes) / 1e6 / s for s in net]
             rates[f"{label}, with start-up"] = [text.bytes / 1e6 / s for s in whole]
+            report.add(f"{name}: {label}, start-up", Figure.of(starting, "s"))
     for label, values in rates.items():
         report.add(f"{name}: {label}", Figure.of(values, "MB/s"))
     for way in (LIMIT, OURS, *ways):
         cells: list[object] = []
         for n in processes:
             label = _label(way, n)
-            figure, whole_figure = (report.figures.get(f"{name}: {one}") for one in (label, f"{label}, with start-up"))
-            cells.append(figure if whole_figure is None else f"{figure}; with start-up {whole_figure}")
+            cell = str(report.figures[f"{name}: {label}"])
+            if way != LIMIT:
+                whole_rate, start = (
+                    report.figures[f"{name}: {label}, {what}"] for what in ("with start-up", "start-up")
+                )
+                cell += f"; {whole_rate} with the start-up of {start}"
+            cells.append(cell)
             if way != OURS:
                 report.add(f"{name}: ours / {way}, {n}", ratio(rates[_label(OURS, n)], rates[label]))
             if way == LIMIT and n == 1:
@@ -263,7 +269,7 @@ def tell(
             cells.append(scaling)
             if way == OURS:
                 report.goal(f"{name}: {way}, 2 / 1", AT_LEAST, SCALING)
-        report.row(f"{name}: {PEERS.get(way, way)}", *cells)
+        report.row(f"{name}: {PEERS.get(way, way)}", *cells, *[""] * (len(report.columns) - 1 - len(cells)))
 
 
 def measure_tokenization(
@@ -277,8 +283,11 @@ def measure_tokenization(
     rounds: int,
     scratch: Path,
 ) -> None:
-    heads = [f"**{n} process{'es' if n > 1 else ''}**" for n in processes]
-    report.row("**tokenization, text a second**", *heads, "**2 processes / 1**")
+    heads = [f"{n} process{'es' if n > 1 else ''}" for n in processes] + ["2 processes / 1"] * (
+        {1, 2} <= set(processes)
+    )
+    heads = [f"**{head}**" for head in heads] + [""] * (len(report.columns) - 1 - len(heads))
+    report.row("**tokenization, text a second**", *heads)
     for name, tokenizer in tokenizers.items():
         ways = [peer for peer in peers if peer != "datatrove" or tokenizer.suffix == ".json"]
         if len(ways) < len(peers):

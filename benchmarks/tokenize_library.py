@@ -20,10 +20,13 @@ class Library:
     def __init__(self, path: str | Path) -> None:
         if Path(path).suffix == ".json":
             self.model: Any = tokenizers.Tokenizer.from_file(str(path))
-            self.pieces, self.eod = self.model.get_vocab_size(), self.model.token_to_id(EOD)
+            self.pieces, eod = int(self.model.get_vocab_size()), self.model.token_to_id(EOD)
+            if eod is None:
+                raise ValueError(f"{path} has no {EOD}: it is not GPT-NeoX's tokenizer")
+            self.eod = int(eod)
         else:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-            self.pieces, self.eod = self.model.get_piece_size(), self.model.eos_id()
+            self.pieces, self.eod = int(self.model.get_piece_size()), int(self.model.eos_id())
         self.is_json = Path(path).suffix == ".json"
 
     def encode(self, text: str) -> list[int]:

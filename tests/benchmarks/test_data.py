@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from benchmarks.data_tokenize import (
 from benchmarks.loading import Gather, Ours
 from benchmarks.synthetic import write_holes, write_letters
 from benchmarks.tokenize_library import texts_of
+from benchmarks.worker import Answer, WorkerError
 from mamba_pretrain.data.dataset import open_split, verify
 from mamba_pretrain.data.tokenizer import BytesTokenizer
 
@@ -99,8 +101,9 @@ SECONDS = {
 
 
 def told(seconds: dict[str, list[float]]) -> Report:
-    report = Report("data", {})
+    report = Report("data", {}, columns=["what", "", "", "", ""])
     tell(report, "neox", seconds, TEXT, FEW, ["megatron"], [1, 2])
+    assert {len(row) for row in report.rows} == {5}
     return report
 
 
@@ -213,6 +216,58 @@ def test_the_peer_takes_as_many_tokens_as_there_is_room_for(tmp_path: Path, monk
     assert data_load.peer_tokens(10**6, 1000, 128, tmp_path) == 10**6
     monkeypatch.setattr(data_load, "SAMPLE_BYTES", 1 << 42)
     assert data_load.peer_tokens(10**6, 1000, 128, tmp_path) == 10_000
+
+
+class Process:
+    """Takes the place of a worker: half a second for ours, a second for others, and no Megatron."""
+
+    def __init__(self, target: str, _: dict[str, Any], **__: Any) -> None:
+        if "megatron" in target:
+            raise WorkerError("No module named 'megatron'")
+        self.seconds = 0.5 if target.endswith(":Ours") else 1.0
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def call(self, _: str, **arguments: Any) -> Answer:
+        return Answer(arguments.get("count", 1) * 1024, self.seconds, 100.0, 150.0)
+
+
+@pytest.fixture
+def options() -> Namespace:
+    return Namespace(
+        rounds=2,
+        corpus_tokens=20_000,
+        lengths=[128],
+        batch_tokens=1024,
+        load_tokens=4096,
+        start_tokens=10**7,
+        start_document=10**5,
+    )
+
+
+def test_without_the_peer_ours_is_still_measured_beside_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Namespace
+) -> None:
+    monkeypatch.setattr(data_load, "Worker", Process)
+    report = Report("data", {}, columns=["what", "", "", "", ""])
+    data_load.measure_loading(report, options, tmp_path)
+    data_load.measure_start(report, options, tmp_path)
+    assert report.figures["128: ours tokens"].value == 8192
+    assert report.figures["128: ours / numpy gather"].value == 2.0
+    assert report.figures["start: ours MB"].value == pytest.approx(50 * 1.048576)
+    assert {goal.name: goal.holds for goal in report.goals} == {
+        "128: GPTDataset tokens": False,
+        "128: ours / numpy gather": True,
+        "start: ours s": True,
+        "start: ours MB": True,
+        "start: GPTDataset s": False,
+    }
+    assert "start: GPTDataset s: failed: No module named 'megatron'" in report.notes
+    assert {len(row) for row in report.rows} == {5}
 
 
 def run_script(*words: str, directory: Path) -> dict[str, Any]:
