@@ -121,7 +121,7 @@ def measure_start(report: Report, options: Any, scratch: Path) -> None:
         OURS,
         report.add("start: ours s", Figure.of([one[0] for one in measured], "s")),
         report.add("start: ours MB", Figure.of([one[1] for one in measured], "MB")),
-        report.add("start: ours tokens", Figure.of([options.start_tokens], "")),
+        report.add("start: ours tokens", Figure.of([options.start_tokens], "tokens")),
         "",
     )
     report.goal("start: ours s", AT_MOST, START_S)
@@ -143,7 +143,7 @@ def measure_start(report: Report, options: Any, scratch: Path) -> None:
             "GPTDataset, building its indices",
             report.add("start: GPTDataset s", Figure.of([seconds], "s")),
             report.add("start: GPTDataset MB", Figure.of([megabytes], "MB")),
-            report.add("start: GPTDataset tokens", Figure.of([tokens], "")),
+            report.add("start: GPTDataset tokens", Figure.of([tokens], "tokens")),
             "",
         )
         report.add("start: GPTDataset MB on disk", Figure.of([on_disk], "MB"))
