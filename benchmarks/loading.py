@@ -8,13 +8,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.machine import own_mib
 from mamba_pretrain.data.dataset import open_split
 from mamba_pretrain.data.loader import Batch, WindowDataset, batches
 
 SEED = 0
 
 
-class Ours:
+class Side:
+    """What loading and starting ask of each alternative; `open` and `run` return the tokens that were read."""
+
+    def own_mib(self) -> float:
+        return own_mib()
+
+
+class Ours(Side):
     """What `mamba_pretrain.train` iterates over, read in this process."""
 
     def __init__(self) -> None:
@@ -22,7 +30,7 @@ class Ours:
         self.batches: Iterator[Batch]
 
     def open(self, directory: str, length: int, rows: int) -> int:
-        """Tokens of the first batch."""
+        """Reads the first batch, too."""
         shard, manifest = open_split(directory, "train")
         dataset = WindowDataset(shard, length, SEED, manifest.tokenizer.vocab_size)
         self.batches = batches(dataset, micro_batch_size=rows, first_sample=0, rank=0, world=1, workers=0)
@@ -32,7 +40,7 @@ class Ours:
         return sum(next(self.batches)["input_ids"].numel() for _ in range(count))
 
 
-class Gather:
+class Gather(Side):
     """Inputs and labels of rows in shuffled order, copied from a memory map into the same two arrays again and again.
 
     It knows no documents, checks nothing, and has its order at hand.

@@ -15,6 +15,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from torch.utils.data import DataLoader
 
+from benchmarks.loading import Side
+
 
 class Tokenizer:
     """What the dataset asks of one: ids are in the files already."""
@@ -36,13 +38,13 @@ class InOrder:
             first += self.rows
 
 
-class Megatron:
+class Megatron(Side):
     def __init__(self) -> None:
         torch.set_num_threads(1)
         self.batches: Iterator[Any]
 
     def open(self, directory: str, length: int, rows: int, cache: str) -> int:
-        """Builds the three indices as for a first run, into `cache`; tokens of the first batch."""
+        """Builds the three indices as for a first run, into `cache`, and reads the first batch."""
         prefix = f"{directory}/train"
         config = GPTDatasetConfig(
             random_seed=0,

@@ -54,6 +54,11 @@ def resident_mib() -> float:
     return _status("VmRSS") or peak_mib()
 
 
+def own_mib() -> float:
+    """Memory that only this process holds: without the files it has mapped, whose pages are the system's cache."""
+    return _status("RssAnon") or resident_mib()
+
+
 def peak_mib() -> float:
     """Most memory that this process has held.
 
