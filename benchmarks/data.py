@@ -78,7 +78,7 @@ def tokenization(report: Report, options: argparse.Namespace, parser: argparse.A
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = arguments("data", __doc__ or "", rounds=5)
+    parser = arguments("data", __doc__ or "", rounds=3)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (all)")
     parser.add_argument("--text", type=Path, metavar="FILE", help=".jsonl, wiki dump or text (enwik8, fetched)")
     parser.add_argument("--megabytes", type=float, default=20, help="of the text, from its beginning (%(default)s)")
