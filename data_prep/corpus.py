@@ -7,35 +7,21 @@ and stops the command or is counted; a damaged file always stops it, because wha
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from data_prep.streams import CorpusError, lines, optional
+from data_prep.readers import byte_ranges, read_fasta, read_jsonl, read_txt
+from data_prep.records import NORMALIZATIONS, Document, Invalid, Reading, Record, Unit, finished
+from data_prep.streams import CorpusError, line_feeds, size_of
+from data_prep.tables import read_dataset, read_parquet
 from mamba_pretrain.data.manifest import SPLITS, SourceInfo, SplitRule
 
 DATASET_MARKERS: Final = ("dataset_dict.json", "state.json")  # what datasets' save_to_disk leaves in a directory
-
-
-@dataclass(frozen=True)
-class Document:
-    text: str
-    source: str
-    line: int  # where it begins: line, row or record, from 1
-
-
-@dataclass(frozen=True)
-class Invalid:
-    reason: str
-    source: str
-    line: int
-
-
-Record = Document | Invalid
+UNIT_BYTES: Final = 64 << 20
 
 
 class Corpus:
@@ -54,10 +40,12 @@ class Corpus:
         text_key: str = "text",
         txt_documents: str = "file",
         on_error: str = "stop",
+        normalization: str = "none",
     ) -> None:
-        self.text_key, self.txt_documents, self.on_error = text_key, txt_documents, on_error
-        self.files: list[Path] = []
-        self.ignored: list[Path] = []
+        self.reading = Reading(text_key, txt_documents, normalization)
+        self.on_error = on_error
+        self.files: list[str] = []  # paths or URLs, in order
+        self.ignored: list[str] = []
         self.skipped = self.empty = 0
         for path in map(Path, inputs):
             if not path.exists():
@@ -69,7 +57,7 @@ class Corpus:
             elif _extension(path) not in READERS:
                 raise CorpusError(f"{path}: unknown extension {path.suffix!r}; known are {_known()}")
             else:
-                self.files.append(path)
+                self.files.append(str(path))
         _require_distinct(self.files)
         if not self.files:
             raise CorpusError(f"nothing to read in {', '.join(map(str, inputs))}: no file ends in {_known()}")
@@ -82,6 +70,7 @@ class Corpus:
             text_key=arguments.text_key,
             txt_documents=arguments.txt_documents,
             on_error=arguments.on_error,
+            normalization=arguments.normalization,
         )
         for path in corpus.ignored:
             print(f"warning: ignored {path}, it is hidden or its extension is unknown", file=sys.stderr)
@@ -90,7 +79,7 @@ class Corpus:
     def _add_directory(self, directory: Path, above: tuple[Path, ...] = ()) -> None:
         above = (*above, directory.resolve())
         if _is_dataset(directory):
-            self.files.append(directory)
+            self.files.append(str(directory))
         elif above[-1] not in above[:-1]:  # else a symbolic link has led back up
             for path in sorted(directory.iterdir()):
                 hidden = path.name.startswith(".")
@@ -98,7 +87,7 @@ class Corpus:
                     self._add_directory(path, above)
                 else:
                     readable = _extension(path) in READERS and (path.is_file() or not path.exists())
-                    (self.files if readable and not hidden else self.ignored).append(path)
+                    (self.files if readable and not hidden else self.ignored).append(str(path))
 
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:
@@ -118,35 +107,65 @@ class Corpus:
             default="stop",
             help="what to do with an invalid record: stop and name it (default), or leave it out and count it",
         )
+        parser.add_argument(
+            "--normalization",
+            choices=NORMALIZATIONS,
+            default="none",
+            help="Unicode normalization of the text (default: none)",
+        )
 
     def sources(self) -> list[SourceInfo]:
-        def size(path: Path) -> int:
-            files = (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else (path,)
-            return sum(file.stat().st_size for file in files)
+        return [SourceInfo(path, self._bytes_of(path) or 0) for path in self.files]
 
-        return [SourceInfo(str(path), size(path)) for path in self.files]
+    def _bytes_of(self, source: str) -> int | None:
+        path = Path(source)
+        files = (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else (path,)
+        try:
+            return sum(size_of(str(file)) for file in files)
+        except OSError:  # records() says what is wrong
+            return None
+
+    def units(self, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
+        """The corpus in parts of about this size, in order: a function of the inputs and the options alone."""
+        return [unit for source in self.files for unit in self._units_of(source, unit_bytes)]
+
+    def _units_of(self, source: str, unit_bytes: int) -> list[Unit]:
+        size = self._bytes_of(source)
+        whole = Unit(source, bytes=size or 0, source_bytes=size)
+        suffix = Path(source).suffix
+        lines = suffix == ".jsonl" or (suffix == ".txt" and self.reading.txt_documents != "file")
+        return byte_ranges(whole, unit_bytes) if lines and size else [whole]
+
+    def size(self, unit: Unit) -> int:
+        return unit.bytes
 
     def __iter__(self) -> Iterator[Document]:
         self.skipped = self.empty = 0
-        for path in self.files:
-            for record in self._records(path):
-                if isinstance(record, Document):
-                    if record.text:
-                        yield record
-                    else:
-                        self.empty += 1
-                elif self.on_error == "skip":
+        for unit in self.units():
+            for record in self.records(unit):
+                if isinstance(record, Invalid):
+                    if self.on_error == "stop":
+                        raise self.refusal(unit, record)
                     self.skipped += 1
+                elif record.text:
+                    yield record
                 else:
-                    raise CorpusError(
-                        f"{record.source}:{record.line}: {record.reason}. Mend it, or pass --on-error skip to leave "
-                        "out and count such records"
-                    )
+                    self.empty += 1
 
-    def _records(self, path: Path) -> Iterator[Record]:
-        reader = _read_dataset if path.is_dir() else READERS[_extension(path)]
+    def refusal(self, unit: Unit, record: Invalid) -> CorpusError:
+        """What to raise for an invalid record of a unit: it is named by its line in the file."""
+        line = record.line + (1 + line_feeds(unit.source, unit.start - 1) if unit.start else 0)
+        return CorpusError(
+            f"{record.source}:{line}: {record.reason}. Mend it, or pass --on-error skip to leave out and count such "
+            "records"
+        )
+
+    def records(self, unit: Unit) -> Iterator[Record]:
+        """All that a unit holds, documents without text included. Raises CorpusError where the input is damaged."""
+        path = Path(unit.source)
+        reader = read_dataset if path.is_dir() else READERS[_extension(path)]
         try:
-            yield from map(_storable, reader(path, self))
+            yield from (finished(record, self.reading) for record in reader(unit, self.reading))
         except OSError as error:
             raise CorpusError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -164,146 +183,20 @@ def _extension(path: Path) -> str:
     return "" if plain is not path and plain.suffix == ".parquet" else plain.suffix
 
 
-def _require_distinct(files: Sequence[Path]) -> None:
-    first: dict[Path, Path] = {}
+def _require_distinct(files: Sequence[str]) -> None:
+    first: dict[str, str] = {}
     for path in files:
-        if (other := first.setdefault(path.resolve(), path)) is not path:
+        if (other := first.setdefault(os.path.realpath(path), path)) is not path:
             raise CorpusError(f"{path} is among the inputs twice, first as {other}: its text would count double")
 
 
-def _storable(record: Record) -> Record:
-    if isinstance(record, Document) and not record.text.isascii():
-        try:
-            record.text.encode()
-        except UnicodeEncodeError:
-            return Invalid(
-                "the text holds half of a surrogate pair, which is not a character", record.source, record.line
-            )
-    return record
-
-
-def _read_txt(path: Path, corpus: Corpus) -> Iterator[Record]:
-    def record(block: list[bytes], line: int) -> Record:
-        text = b"".join(block)
-        try:
-            return Document((text if whole else text.rstrip(b"\r\n")).decode(), str(path), line)
-        except UnicodeDecodeError as error:
-            line += text.count(b"\n", 0, error.start)
-            return Invalid(f"byte {text[error.start]:#04x} is not UTF-8", str(path), line)
-
-    whole, block, begin = corpus.txt_documents == "file", list[bytes](), 1
-    for number, line in lines(path):
-        blank = not whole and not line.strip()
-        if block and (blank or corpus.txt_documents == "line"):
-            yield record(block, begin)
-            block = []
-        if not blank:
-            begin = begin if block else number
-            block.append(line)
-    if block or whole:
-        yield record(block, begin)
-
-
-def _read_jsonl(path: Path, corpus: Corpus) -> Iterator[Record]:
-    for number, line in lines(path):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            yield Invalid(f"byte {line[error.start]:#04x} is not UTF-8", str(path), number)
-        except (ValueError, RecursionError) as error:
-            yield Invalid(f"not JSON ({error})", str(path), number)
-        else:
-            yield _field(fields, corpus.text_key, path, number)
-
-
-def _field(fields: object, key: str, path: Path, line: int) -> Record:
-    if not isinstance(fields, dict):
-        return Invalid(f"a JSON {type(fields).__name__}, expected an object with the key {key!r}", str(path), line)
-    if key not in fields:
-        return Invalid(f"no key {key!r} (--text-key), only {sorted(fields)}", str(path), line)
-    return _string(fields[key], key, path, line)
-
-
-def _string(value: object, key: str, path: Path, line: int) -> Record:
-    if not isinstance(value, str):
-        return Invalid(f"{key!r} is {type(value).__name__}, expected a string", str(path), line)
-    return Document(value, str(path), line)
-
-
-def _read_parquet(path: Path, corpus: Corpus) -> Iterator[Record]:
-    parquet = optional("pyarrow.parquet", path)
-    arrow_error = optional("pyarrow", path).ArrowException
-    row = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if corpus.text_key not in names:
-                raise CorpusError(f"{path} has no column {corpus.text_key!r} (--text-key), only {names}")
-            for batch in file.iter_batches(batch_size=1024, columns=[corpus.text_key]):
-                for scalar in batch.column(0):
-                    row += 1
-                    try:
-                        yield _string(scalar.as_py(), corpus.text_key, path, row)
-                    except UnicodeDecodeError as error:
-                        yield Invalid(f"byte {error.object[error.start]:#04x} is not UTF-8", str(path), row)
-    except (arrow_error, OSError) as error:
-        if getattr(error, "errno", None):  # the system's, not pyarrow's
-            raise
-        raise CorpusError(f"{path} is damaged after row {row} ({error}); get the file again") from error
-
-
-def _read_dataset(path: Path, corpus: Corpus) -> Iterator[Record]:
-    datasets = optional("datasets", path)
-    row = 0
-    try:
-        loaded = datasets.load_from_disk(str(path))
-        parts = loaded if isinstance(loaded, dict) else {"": loaded}
-        for name in sorted(parts):
-            names = parts[name].column_names
-            if corpus.text_key not in names:
-                raise CorpusError(f"{path}: no column {corpus.text_key!r} (--text-key), only {names}")
-            for row, fields in enumerate(parts[name].select_columns([corpus.text_key]), start=1):
-                yield _field(fields, corpus.text_key, path / name, row)
-    except (CorpusError, PermissionError):
-        raise
-    except Exception as error:  # of pyarrow, json, fsspec, or a bare KeyError
-        raise CorpusError(f"{path} is damaged after row {row} ({error!r}); get the dataset again") from error
-
-
-def _read_fasta(path: Path, _: Corpus) -> Iterator[Record]:
-    """One document a record: its letters in the case they stand in, without header, comments and whitespace."""
-    letters: list[str] = []
-    begin, invalid = 0, ""
-
-    def record() -> Record:
-        return Invalid(invalid, str(path), begin) if invalid else Document("".join(letters), str(path), begin)
-
-    for number, line in lines(path):
-        if line.startswith(b";"):  # a comment
-            continue
-        if line.startswith(b">"):
-            if begin:
-                yield record()
-            letters, begin, invalid = [], number, ""
-        elif line.strip() and not begin:
-            begin, invalid = number, "sequence before the first header, a line that starts with '>'"
-        elif not line.isascii():
-            invalid = f"the record has a byte beyond ASCII in line {number}"
-        else:
-            letters.append(b"".join(line.split()).decode("ascii"))
-    if begin:
-        yield record()
-
-
-READERS: Final[dict[str, Callable[[Path, Corpus], Iterator[Record]]]] = {
-    ".txt": _read_txt,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-    ".fa": _read_fasta,
-    ".fasta": _read_fasta,
-    ".fna": _read_fasta,
+READERS: Final[dict[str, Callable[[Unit, Reading], Iterator[Record]]]] = {
+    ".txt": read_txt,
+    ".jsonl": read_jsonl,
+    ".parquet": read_parquet,
+    ".fa": read_fasta,
+    ".fasta": read_fasta,
+    ".fna": read_fasta,
 }
 
 
