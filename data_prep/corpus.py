@@ -1,36 +1,74 @@
 """Raw corpora as a stream of documents, and the rule that sends each document to a split.
 
-Memory is bounded by the largest document (for Parquet, by a row group). An invalid record is named by file and line,
-and stops the command or is counted; a damaged file always stops it, because what follows the damage is lost.
+Memory is bounded by the largest document (of a table, by a batch of rows), and that by --max-record-bytes. An invalid
+record is named by file and line, and stops the command or is counted; a damaged input stops it too, because what
+follows the damage is lost, unless the whole of it may be left out.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NamedTuple
 
+from data_prep.finding import find, is_dataset
 from data_prep.readers import byte_ranges, read_fasta, read_jsonl, read_txt
-from data_prep.records import NORMALIZATIONS, Document, Invalid, Reading, Record, Unit, finished
-from data_prep.streams import CorpusError, line_feeds, size_of
-from data_prep.tables import read_dataset, read_parquet
+from data_prep.records import MAX_RECORD_BYTES, NORMALIZATIONS, Document, Invalid, Reading, Record, Unit, finished
+from data_prep.streams import (
+    CorpusError,
+    UnreadableError,
+    extension,
+    has_ranges,
+    is_named_dataset,
+    is_url,
+    line_feeds,
+    size_of,
+)
+from data_prep.tables import read_arrow, read_dataset, read_named, read_parquet, row_groups, rows, shards
+from data_prep.web import read_warc
 from mamba_pretrain.data.manifest import SPLITS, SourceInfo, SplitRule
 
-DATASET_MARKERS: Final = ("dataset_dict.json", "state.json")  # what datasets' save_to_disk leaves in a directory
 UNIT_BYTES: Final = 64 << 20
+TXT_DOCUMENTS: Final = ("file", "blank-line", "line")
+ON_ERROR: Final = ("stop", "skip", "skip-files")
+
+
+class Format(NamedTuple):
+    read: Callable[[Unit, Reading], Iterator[Record]]
+    compressed: bool = False  # whether .gz and .zst of it are read, too
+    units: Callable[[Unit, int], list[Unit]] | None = None  # None: the whole is one
+
+
+FORMATS: Final = {
+    ".txt": Format(read_txt, compressed=True, units=byte_ranges),
+    ".jsonl": Format(read_jsonl, compressed=True, units=byte_ranges),
+    ".parquet": Format(read_parquet, units=row_groups),
+    ".arrow": Format(read_arrow),
+    **dict.fromkeys((".fa", ".fasta", ".fna"), Format(read_fasta, compressed=True)),
+    **dict.fromkeys((".warc", ".wet"), Format(read_warc, compressed=True)),
+}
+SAVED: Final = Format(read_dataset, units=rows)
+NAMED: Final = Format(read_named, units=shards)
+KNOWN: Final = {
+    name + compression: kind
+    for name, kind in FORMATS.items()
+    for compression in ("", ".gz", ".zst")
+    if kind.compressed or not compression
+}
+NAMES: Final = " ".join(FORMATS) + ", all but .parquet and .arrow also .gz .zst"
 
 
 class Corpus:
-    """The documents of files and directories, in sorted order within a directory.
+    """The documents of files, directories (in sorted order), fsspec URLs, and datasets on disk or by name.
 
-    Iterating reads everything again and counts `skipped` (invalid, left out) and `empty` (valid, without text) records.
-    `ignored` is what directories hold that is hidden or has an extension that says nothing to this reader. Raises
-    CorpusError here for inputs that match nothing or one file twice; while iterating for files that cannot be read, and
-    for invalid records unless `on_error` is "skip".
+    Iterating reads everything again and counts `skipped` (invalid, left out) and `empty` (valid, without text) records,
+    and lists in `left_out` the inputs that were. `ignored` is what directories hold that is hidden or has an extension
+    that says nothing to this reader. Raises CorpusError here for inputs that match nothing or one file twice; while
+    iterating UnreadableError for inputs that cannot be read, and CorpusError for invalid records, unless `on_error` is
+    "skip-files" for the first, this or "skip" for the second. Pickles without what is known of the inputs' sizes.
     """
 
     def __init__(
@@ -41,26 +79,23 @@ class Corpus:
         txt_documents: str = "file",
         on_error: str = "stop",
         normalization: str = "none",
+        max_record_bytes: int = MAX_RECORD_BYTES,
     ) -> None:
-        self.reading = Reading(text_key, txt_documents, normalization)
+        for name, value, choices in (
+            ("txt_documents", txt_documents, TXT_DOCUMENTS),
+            ("on_error", on_error, ON_ERROR),
+            ("normalization", normalization, NORMALIZATIONS),
+        ):
+            if value not in choices:
+                raise CorpusError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+        if max_record_bytes < 1:
+            raise CorpusError(f"--max-record-bytes {max_record_bytes}: expected 1 or more")
+        self.reading = Reading(text_key, txt_documents, normalization, max_record_bytes)
         self.on_error = on_error
-        self.files: list[str] = []  # paths or URLs, in order
-        self.ignored: list[str] = []
         self.skipped = self.empty = 0
-        for path in map(Path, inputs):
-            if not path.exists():
-                raise CorpusError(f"{path} does not exist")
-            if path.is_dir():
-                self._add_directory(path)
-            elif not path.is_file():
-                raise CorpusError(f"{path} is a pipe or a device; save what it gives to a file ending in {_known()}")
-            elif _extension(path) not in READERS:
-                raise CorpusError(f"{path}: unknown extension {path.suffix!r}; known are {_known()}")
-            else:
-                self.files.append(str(path))
-        _require_distinct(self.files)
-        if not self.files:
-            raise CorpusError(f"nothing to read in {', '.join(map(str, inputs))}: no file ends in {_known()}")
+        self.left_out: list[str] = []
+        found = find(inputs, lambda source: extension(source) in KNOWN, NAMES)
+        self.files, self.ignored, self._sizes = found.files, found.ignored, found.sizes
 
     @classmethod
     def from_arguments(cls, arguments: Namespace) -> Corpus:
@@ -71,133 +106,159 @@ class Corpus:
             txt_documents=arguments.txt_documents,
             on_error=arguments.on_error,
             normalization=arguments.normalization,
+            max_record_bytes=arguments.max_record_bytes,
         )
         for path in corpus.ignored:
             print(f"warning: ignored {path}, it is hidden or its extension is unknown", file=sys.stderr)
         return corpus
 
-    def _add_directory(self, directory: Path, above: tuple[Path, ...] = ()) -> None:
-        above = (*above, directory.resolve())
-        if _is_dataset(directory):
-            self.files.append(str(directory))
-        elif above[-1] not in above[:-1]:  # else a symbolic link has led back up
-            for path in sorted(directory.iterdir()):
-                hidden = path.name.startswith(".")
-                if path.is_dir() and not hidden:
-                    self._add_directory(path, above)
-                else:
-                    readable = _extension(path) in READERS and (path.is_file() or not path.exists())
-                    (self.files if readable and not hidden else self.ignored).append(str(path))
-
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:
         parser.add_argument(
-            "inputs", nargs="+", metavar="INPUT", help=f"files ({_known()}), directories of them, datasets on disk"
+            "inputs",
+            nargs="+",
+            metavar="INPUT",
+            help=f"files ({NAMES}), directories of them, patterns like 'a/**/*.jsonl', fsspec URLs of all these "
+            "(s3://, gs://, https://), datasets on disk, and hf://NAME[:CONFIG][@SPLIT][#REVISION], which streams a "
+            "dataset of the Hugging Face hub (or of a directory NAME), its train split by default",
         )
         parser.add_argument("--text-key", default="text", help="field or column that holds the text (default: text)")
         parser.add_argument(
             "--txt-documents",
-            choices=("file", "blank-line", "line"),
+            choices=TXT_DOCUMENTS,
             default="file",
             help="what one document is in a .txt: the file (default), a block between blank lines, or a line",
         )
         parser.add_argument(
             "--on-error",
-            choices=("stop", "skip"),
+            choices=ON_ERROR,
             default="stop",
-            help="what to do with an invalid record: stop and name it (default), or leave it out and count it",
+            help="what to do with an invalid record: stop and name it (default), or leave it out and count it; "
+            "skip-files also leaves out, and names, inputs that are damaged or cannot be read",
         )
         parser.add_argument(
             "--normalization",
             choices=NORMALIZATIONS,
             default="none",
-            help="Unicode normalization of the text (default: none)",
+            help="Unicode normalization of the text, before all else that is done with it (default: none)",
+        )
+        parser.add_argument(
+            "--max-record-bytes",
+            type=int,
+            default=MAX_RECORD_BYTES,
+            metavar="N",
+            help="a line, or a document of any other format, with more is an invalid record; reading takes a few times "
+            f"this memory where there is one (default: {MAX_RECORD_BYTES})",
         )
 
-    def sources(self) -> list[SourceInfo]:
-        return [SourceInfo(path, self._bytes_of(path) or 0) for path in self.files]
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sizes": {}}
 
-    def _bytes_of(self, source: str) -> int | None:
-        path = Path(source)
-        files = (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else (path,)
+    def sources(self) -> list[SourceInfo]:
+        """Every input with its bytes, 0 where they are not known."""
+        return [SourceInfo(source, self._size_of(source) or 0) for source in self.files]
+
+    def _size_of(self, source: str) -> int | None:
+        size = self._sizes.get(source)  # of a listing: a million files are not asked one by one
         try:
-            return sum(size_of(str(file)) for file in files)
+            return size_of(source) if size is None else size
         except OSError:  # records() says what is wrong
             return None
 
     def units(self, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
         """The corpus in parts of about this size, in order: a function of the inputs and the options alone."""
+        if unit_bytes < 1:
+            raise CorpusError(f"units of {unit_bytes} bytes: expected 1 or more")
         return [unit for source in self.files for unit in self._units_of(source, unit_bytes)]
 
     def _units_of(self, source: str, unit_bytes: int) -> list[Unit]:
-        size = self._bytes_of(source)
+        size = self._size_of(source)
         whole = Unit(source, bytes=size or 0, source_bytes=size)
-        suffix = Path(source).suffix
-        lines = suffix == ".jsonl" or (suffix == ".txt" and self.reading.txt_documents != "file")
-        return byte_ranges(whole, unit_bytes) if lines and size else [whole]
+        split = _format(source).units
+        if split is byte_ranges and self.reading.txt_documents == "file" and extension(source) == ".txt":
+            split = None
+        if extension(source).endswith((".gz", ".zst")) or ((size or 0) <= unit_bytes and split is not shards):
+            split = None
+        try:
+            return split(whole, unit_bytes) if split is not None and has_ranges(source) else [whole]
+        except (UnreadableError, OSError):  # records() says what is wrong
+            return [whole]
 
     def size(self, unit: Unit) -> int:
+        """Bytes of input; of a dataset by name 0 where it does not say."""
         return unit.bytes
 
-    def __iter__(self) -> Iterator[Document]:
-        self.skipped = self.empty = 0
-        for unit in self.units():
-            for record in self.records(unit):
-                if isinstance(record, Invalid):
-                    if self.on_error == "stop":
-                        raise self.refusal(unit, record)
-                    self.skipped += 1
-                elif record.text:
-                    yield record
-                else:
-                    self.empty += 1
+    def records(self, unit: Unit) -> Iterator[Record]:
+        """All that a unit holds, documents without text included.
+
+        Raises UnreadableError where the input is damaged or is no longer what it was when the unit was planned.
+        """
+        self._require_unchanged(unit)
+        try:
+            yield from (finished(record, self.reading) for record in _format(unit.source).read(unit, self.reading))
+        except OSError as error:
+            raise UnreadableError(f"{unit.source} cannot be read: {error.strerror or error}") from error
+        self._require_unchanged(unit)
+
+    def _require_unchanged(self, unit: Unit) -> None:
+        if unit.source_bytes is None:
+            return
+        try:
+            size = size_of(unit.source)
+        except OSError as error:
+            raise UnreadableError(f"{unit.source} cannot be read: {error.strerror or error}") from error
+        if size != unit.source_bytes:
+            raise UnreadableError(
+                f"{unit.source} had {unit.source_bytes:,} bytes when the work was divided and has {size or 0:,} now: "
+                "something writes to it; begin again when it is complete"
+            )
 
     def refusal(self, unit: Unit, record: Invalid) -> CorpusError:
-        """What to raise for an invalid record of a unit: it is named by its line in the file."""
-        line = record.line + (1 + line_feeds(unit.source, unit.start - 1) if unit.start else 0)
+        """What to raise for an invalid record of a unit. Names its line in the file, which takes reading up to it."""
+        line, lines_before = record.line, unit.start and _format(unit.source).units is byte_ranges
+        if lines_before:
+            line += 1 + line_feeds(unit.source, unit.start - 1)
         return CorpusError(
             f"{record.source}:{line}: {record.reason}. Mend it, or pass --on-error skip to leave out and count such "
             "records"
         )
 
-    def records(self, unit: Unit) -> Iterator[Record]:
-        """All that a unit holds, documents without text included. Raises CorpusError where the input is damaged."""
-        path = Path(unit.source)
-        reader = read_dataset if path.is_dir() else READERS[_extension(path)]
-        try:
-            yield from (finished(record, self.reading) for record in reader(unit, self.reading))
-        except OSError as error:
-            raise CorpusError(f"{path} cannot be read: {error.strerror or error}") from error
+    def __iter__(self) -> Iterator[Document]:
+        self.skipped = self.empty = 0
+        self.left_out = []
+        for unit in self.units():
+            if self._may_be_read(unit):
+                yield from self._documents(unit)
+
+    def _may_be_read(self, unit: Unit) -> bool:
+        """Under skip-files a unit is read once more, beforehand: nothing of a damaged one may have gone out."""
+        if self.on_error == "skip-files":
+            try:
+                for _ in self.records(unit):
+                    pass
+            except UnreadableError as error:
+                self.left_out.append(str(error))
+                return False
+        return True
+
+    def _documents(self, unit: Unit) -> Iterator[Document]:
+        for record in self.records(unit):
+            if isinstance(record, Invalid):
+                if self.on_error == "stop":
+                    raise self.refusal(unit, record)
+                self.skipped += 1
+            elif record.text:
+                yield record
+            else:
+                self.empty += 1
 
 
-def _known() -> str:
-    return " ".join(READERS) + ", all but .parquet also .gz .zst"
-
-
-def _is_dataset(path: Path) -> bool:
-    return any((path / marker).is_file() for marker in DATASET_MARKERS)
-
-
-def _extension(path: Path) -> str:
-    plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
-    return "" if plain is not path and plain.suffix == ".parquet" else plain.suffix
-
-
-def _require_distinct(files: Sequence[str]) -> None:
-    first: dict[str, str] = {}
-    for path in files:
-        if (other := first.setdefault(os.path.realpath(path), path)) is not path:
-            raise CorpusError(f"{path} is among the inputs twice, first as {other}: its text would count double")
-
-
-READERS: Final[dict[str, Callable[[Unit, Reading], Iterator[Record]]]] = {
-    ".txt": read_txt,
-    ".jsonl": read_jsonl,
-    ".parquet": read_parquet,
-    ".fa": read_fasta,
-    ".fasta": read_fasta,
-    ".fna": read_fasta,
-}
+def _format(source: str) -> Format:
+    if is_named_dataset(source):
+        return NAMED
+    if not is_url(source) and is_dataset(Path(source)):
+        return SAVED
+    return KNOWN[extension(source)]
 
 
 def add_split_arguments(parser: ArgumentParser) -> None:

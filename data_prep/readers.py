@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 
-from data_prep.records import Document, Invalid, Reading, Record, Unit
+from data_prep.records import Document, Invalid, Reading, Record, Unit, too_long
 from data_prep.streams import TooLong, blank_before, content, lines
 
 
@@ -73,7 +73,7 @@ def _blocks(unit: Unit, reading: Reading) -> Iterator[Record]:
 
 def _text(utf8: bytes, unit: Unit, line: int, reading: Reading) -> Record:
     if isinstance(utf8, TooLong):
-        return too_long(unit, line, reading)
+        return too_long(unit.source, line, reading)
     try:
         return Document(utf8.decode(), unit.source, line)
     except UnicodeDecodeError as error:
@@ -81,15 +81,10 @@ def _text(utf8: bytes, unit: Unit, line: int, reading: Reading) -> Record:
         return Invalid(f"byte {utf8[error.start]:#04x} is not UTF-8", unit.source, line)
 
 
-def too_long(unit: Unit, line: int, reading: Reading) -> Invalid:
-    reason = f"the record has more than {reading.max_record_bytes:,} bytes (--max-record-bytes)"
-    return Invalid(reason, unit.source, line)
-
-
 def read_jsonl(unit: Unit, reading: Reading) -> Iterator[Record]:
     for number, line in _lines(unit, reading):
         if isinstance(line, TooLong):
-            yield too_long(unit, number, reading)
+            yield too_long(unit.source, number, reading)
             continue
         if not line.strip():
             continue
@@ -124,7 +119,7 @@ def read_fasta(unit: Unit, reading: Reading) -> Iterator[Record]:
 
     def record() -> Record:
         if size > reading.max_record_bytes:
-            return too_long(unit, begin, reading)
+            return too_long(unit.source, begin, reading)
         return Invalid(invalid, unit.source, begin) if invalid else Document("".join(letters), unit.source, begin)
 
     for number, line in _lines(unit, reading):

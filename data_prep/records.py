@@ -32,7 +32,7 @@ class Unit:
     """A part of one input that can be read by itself.
 
     `start` and `stop` count bytes of a plain .jsonl or .txt (the documents that begin there), row groups of a .parquet,
-    rows of a dataset on disk, shards of a streamed one. Every other input is one unit.
+    rows of a dataset on disk, shards of one that is read by name. Every other input is one unit.
     """
 
     source: str
@@ -54,7 +54,11 @@ class Reading:
 
 def finished(record: Record, reading: Reading) -> Record:
     """The record as it is tokenized: normalized, and invalid if its text cannot be stored."""
-    if isinstance(record, Invalid) or record.text.isascii():
+    if isinstance(record, Invalid):
+        return record
+    if len(record.text) > reading.max_record_bytes:
+        return too_long(record.source, record.line, reading)
+    if record.text.isascii():
         return record
     try:
         record.text.encode()
@@ -63,3 +67,7 @@ def finished(record: Record, reading: Reading) -> Record:
     if reading.normalization == "none":
         return record
     return replace(record, text=unicodedata.normalize(reading.normalization, record.text))  # type: ignore[arg-type]
+
+
+def too_long(source: str, line: int, reading: Reading) -> Invalid:
+    return Invalid(f"it has more than {reading.max_record_bytes:,} bytes (--max-record-bytes)", source, line)
