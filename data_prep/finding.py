@@ -95,7 +95,9 @@ def _find_remote(url: str, known: Callable[[str], bool], names: str, found: Foun
             listed = dict(_listing(fs, path, url, known))
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
-        raise CorpusError(f"{url} does not exist" if missing else f"{url} cannot be listed: {error}") from error
+        raise CorpusError(
+            f"{url} does not exist, or cannot be reached" if missing else f"{url} cannot be listed: {error}"
+        ) from error
     if not listed:
         raise CorpusError(f"{url} matches nothing" if _has_magic(path) else f"{url} does not exist")
     for name, size in sorted(listed.items()):

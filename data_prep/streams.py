@@ -27,8 +27,8 @@ BLOCK_BYTES: Final = 8 << 20  # of a remote file at a time
 PATIENCE_S: Final = 300  # for the next bytes of an answer over http
 PREFIX: Final = 40  # bytes that are kept of a line that is too long
 SKIP: Final = 1 << 20  # bytes at a time of what is read and not kept
-# A zstd block of 4 bytes may hold 128 KiB: what goes into the decompressor at a time bounds what comes out to 128 MiB.
-ZSTD_PIECE: Final = 1 << 12
+# A zstd block of 4 bytes may hold 128 KiB: what goes into the decompressor at a time bounds what comes out to 32 MiB.
+ZSTD_PIECE: Final = 1 << 10
 ZSTD_WINDOW: Final = 1 << 31  # as `zstd --long=31` needs; the library refuses such files by default
 
 
@@ -41,7 +41,7 @@ class UnreadableError(CorpusError):
 
 
 class TooLong(bytes):
-    """The first bytes of a line, or of a file, that has more than the limit."""
+    """Some bytes of a line, or of a file, that has more than the limit: of a line the first."""
 
 
 def is_url(source: str) -> bool:
@@ -188,19 +188,19 @@ def _skip_line(stream: IO[bytes] | io.BufferedIOBase) -> int:
 
 def content(source: str, limit: int) -> bytes:
     """All of a file, or a TooLong."""
-    begin = 0
+    pieces: list[bytes] = []
+    size = 0
     try:
         with open_bytes(source) as stream:
-            whole = stream.read(limit + 1)
-            begin = len(whole)
-            if begin <= limit:
-                return whole
-            whole = TooLong(whole[:PREFIX])
-            while piece := stream.read(SKIP):  # it may be damaged further on
-                begin += len(piece)
-            return whole
+            while piece := stream.read(SKIP):  # to the end in any case: it may be damaged further on
+                size += len(piece)
+                if size > limit:
+                    pieces = [TooLong(piece[:PREFIX])]
+                else:
+                    pieces.append(piece)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UnreadableError(f"{source} is damaged after {begin:,} bytes ({error}); get the file again") from error
+        raise UnreadableError(f"{source} is damaged after {size:,} bytes ({error}); get the file again") from error
+    return pieces[0] if size > limit else b"".join(pieces)
 
 
 def line_feeds(source: str, stop: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import sys
 from collections import Counter
@@ -15,44 +14,9 @@ import pytest
 from data_prep.corpus import Corpus, split_of, split_rule
 from data_prep.streams import CorpusError
 from tests.helpers.corpora import make_documents, write_jsonl
+from tests.helpers.inputs import jsonl_bytes, save_dataset, save_dataset_dict, write_bytes, write_parquet, write_zst
 
 DOCUMENTS = ["first\nline two", "  \u00e9 \U0001f600\t", "third"]
-
-
-def jsonl_bytes(documents: list[str], key: str = "text") -> bytes:
-    return "".join(json.dumps({key: text, "other": 1}) + "\n" for text in documents).encode()
-
-
-def write_parquet(path: Path, documents: list[object], key: str = "text") -> Path:
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    pq.write_table(pa.table({key: documents, "other": list(range(len(documents)))}), path)
-    return path
-
-
-def write_zst(path: Path, content: bytes, frames: int = 1) -> Path:
-    zstandard = pytest.importorskip("zstandard")
-    size = -(-len(content) // frames)
-    parts = (content[i * size : (i + 1) * size] for i in range(frames))
-    path.write_bytes(b"".join(zstandard.ZstdCompressor().compress(part) for part in parts))
-    return path
-
-
-def save_dataset(path: Path, documents: list[str]) -> Path:
-    pytest.importorskip("datasets").Dataset.from_dict({"text": documents}).save_to_disk(str(path))
-    return path
-
-
-def save_dataset_dict(path: Path, documents: list[str]) -> Path:
-    datasets = pytest.importorskip("datasets")
-    halves = {"a": documents[:1], "b": documents[1:]}
-    parts = {name: datasets.Dataset.from_dict({"text": half}) for name, half in halves.items()}
-    datasets.DatasetDict(parts).save_to_disk(str(path))
-    return path
-
-
-def write_bytes(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
 
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
