@@ -259,7 +259,7 @@ class _ZstdStream(io.RawIOBase):
     def __init__(self, file: IO[bytes] | io.BufferedIOBase, source: str) -> None:
         self._zstd, self._file = optional("zstandard", source), file
         self._frame = self._new_frame()
-        self._ready, self._rest, self._inside = memoryview(b""), b"", False
+        self._ready, self._rest, self._inside, self._given = memoryview(b""), b"", False, 0
 
     def _new_frame(self) -> Any:
         return self._zstd.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj()
@@ -283,7 +283,11 @@ class _ZstdStream(io.RawIOBase):
                 self._frame = self._new_frame()
         n = min(len(buffer), len(self._ready))
         buffer[:n], self._ready = self._ready[:n], self._ready[n:]
+        self._given += n
         return n
+
+    def tell(self) -> int:
+        return self._given
 
     def close(self) -> None:
         self._file.close()
