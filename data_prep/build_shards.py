@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 import mamba_pretrain
 from data_prep.command import new_parser, run
-from data_prep.corpus import Corpus, Document, add_split_arguments, split_of, split_rule
+from data_prep.corpus import Corpus, add_split_arguments, split_of, split_rule
+from data_prep.records import Document
 from data_prep.streams import CorpusError
 from mamba_pretrain.data.manifest import Manifest, SplitInfo, SplitRule, TokenizerInfo
 from mamba_pretrain.data.shards import ShardError

@@ -11,10 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-import fsspec
 from tqdm import tqdm
 
 from data_prep.registries import FetchError
+from data_prep.streams import filesystem
 from data_prep.workspace import reveal, workspace
 from mamba_pretrain.data.manifest import MANIFEST, Manifest
 from mamba_pretrain.files import BLOCK_BYTES
@@ -28,7 +28,7 @@ def copy_dataset(url: str, output: Path) -> Manifest:
     A file that is not whole goes on where it broke off. An `output` that is the same dataset is left as it is: by the
     manifest, and by the sizes of the files (verify_shards reads them). Raises FetchError.
     """
-    remote, root = _file_system(url)
+    remote, root = filesystem(url.rstrip("/"))
     raw = _read(remote, f"{root}/{MANIFEST}", url)
     if output.exists():
         if (output / MANIFEST).is_file() and (output / MANIFEST).read_bytes() == raw:
@@ -100,16 +100,6 @@ def _blocks(remote: Any, source: str, first: int, size: int) -> Iterator[bytes]:
                 yield _reported(ahead.popleft().result, source)
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _file_system(url: str) -> tuple[Any, str]:
-    try:
-        remote, root = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise FetchError(f"{url}: {error}") from error
-    except ValueError as error:
-        raise FetchError(f"{url}: fsspec does not know what this is ({error})") from error
-    return remote, root.rstrip("/")
 
 
 def _read(remote: Any, path: str, url: str) -> bytes:

@@ -211,7 +211,7 @@ def test_pipes_are_refused_rather_than_waited_for(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="/dev/null is a pipe or a device"):
         Corpus(["/dev/null"])
     write_jsonl(tmp_path / "b.jsonl", ["b"])
-    assert [path.name for path in Corpus([tmp_path]).ignored] == ["a.jsonl"]
+    assert [Path(path).name for path in Corpus([tmp_path]).ignored] == ["a.jsonl"]
 
 
 def test_one_file_under_two_names_is_refused(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_link_back_up_is_not_followed(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["a"])
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "loop").symlink_to(tmp_path)
-    assert Corpus([tmp_path]).files == [path]
+    assert Corpus([tmp_path]).files == [str(path)]
 
 
 def test_directories_are_read_in_sorted_order_and_say_what_they_ignore(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_directories_are_read_in_sorted_order_and_say_what_they_ignore(tmp_path:
         write_jsonl(tmp_path / name, [name])
     corpus = Corpus([tmp_path])
     assert [document.text for document in corpus] == ["a.jsonl", "b/1.jsonl", "b/2.jsonl"]
-    assert [path.name for path in corpus.ignored] == [".hidden.jsonl", "README.md", "notes.parquet.gz"]
+    assert [Path(path).name for path in corpus.ignored] == [".hidden.jsonl", "README.md", "notes.parquet.gz"]
 
 
 def test_inputs_that_are_nothing_are_refused(tmp_path: Path) -> None:
