@@ -69,7 +69,9 @@ def clean(
         "filters": list(filters),
         "minhash": minhash and dict(zip(("ngram", "buckets", "hashes"), minhash, strict=True)),
         "tasks": tasks,
-        "inputs": corpus.files if len(corpus.files) <= 100 else [*corpus.files[:100], f"... {len(corpus.files)} in all"],
+        "inputs": corpus.files
+        if len(corpus.files) <= 100
+        else [*corpus.files[:100], f"... {len(corpus.files)} in all"],
         "inputs_sha256": _digest(units, corpus),
         "datatrove": importlib.metadata.version("datatrove"),
     }
@@ -87,9 +89,10 @@ def clean(
             )
         for name, (n, pipeline) in stages.items():
             _run(pipeline, n, min(workers, n), result / "logs" / name)
+            if not any(filtered.glob("*.jsonl.gz")):
+                raise CorpusError(f"no document passed the filters; {removed} has them all, with the reasons")
         report = {"settings": settings, "stages": _counts(result / "logs", list(stages))}
         (result / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-        kept.mkdir(exist_ok=True)
         reveal(result, output.absolute())
     return report
 
@@ -127,7 +130,9 @@ def _run(pipeline: list[Any], tasks: int, workers: int, logs: Path) -> None:
     except (CorpusError, OSError):
         raise
     except Exception as error:
-        raise CorpusError(f"the stage {logs.name} failed: {error!r}; {logs / 'logs'} has each task's own words") from error
+        raise CorpusError(
+            f"the stage {logs.name} failed: {error!r}; {logs / 'logs'} has each task's own words"
+        ) from error
 
 
 def _counts(logs: Path, stages: Sequence[str]) -> dict[str, dict[str, dict[str, int]]]:

@@ -27,6 +27,7 @@ from datatrove.pipeline.filters import (
 )
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
+from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
 from data_prep.corpus import Corpus
@@ -105,8 +106,10 @@ def filter_steps(reader: CorpusReader, names: list[str], removed: str, output: s
 def minhash_stages(
     documents: str, scratch: str, removed: str, output: str, *, tasks: int, ngram: int, buckets: int, hashes: int
 ) -> dict[str, tuple[int, list[Any]]]:
-    """datatrove's four stages, in order: name -> (tasks, steps). One document of each cluster of near duplicates stays."""
-    config = MinhashConfig(n_grams=ngram, num_buckets=buckets, hashes_per_bucket=hashes)
+    """datatrove's four stages, in order: name -> (tasks, steps). One document of each cluster stays."""
+    # SHA-1, since what datatrove calls of xxhash, its default, takes text no more as of xxhash 4.
+    hashing = HashConfig(precision=64, hash_fc="sha1")
+    config = MinhashConfig(n_grams=ngram, num_buckets=buckets, hashes_per_bucket=hashes, hash_config=hashing)
     signatures, matches, clusters = (f"{scratch}/{name}" for name in ("signatures", "matches", "clusters"))
     return {
         "minhash-signatures": (
