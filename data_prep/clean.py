@@ -168,14 +168,18 @@ def parser() -> ArgumentParser:
 def body(arguments: Namespace) -> int:
     if not arguments.filters and not arguments.minhash:
         raise CorpusError("nothing to do: give --filters, --minhash or both")
-    report = clean(
-        Corpus.from_arguments(arguments),
-        arguments.output,
-        filters=arguments.filters,
-        minhash=(arguments.ngram, arguments.buckets, arguments.hashes) if arguments.minhash else None,
-        workers=arguments.workers,
-        tasks=arguments.tasks,
-    )
+    try:
+        report = clean(
+            Corpus.from_arguments(arguments),
+            arguments.output,
+            filters=arguments.filters,
+            minhash=(arguments.ngram, arguments.buckets, arguments.hashes) if arguments.minhash else None,
+            workers=arguments.workers,
+            tasks=arguments.tasks,
+        )
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with the tasks that are not complete", file=sys.stderr)
+        return 130
     print(summary(report))
     print(f"{arguments.output}/kept is ready for build_shards, {arguments.output}/removed for a look")
     return 0
