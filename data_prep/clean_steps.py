@@ -114,14 +114,17 @@ def minhash_stages(
     return {
         "minhash-signatures": (
             tasks,
-            [JsonlReader(documents), MinhashDedupSignature(signatures, config=config, language=WORDS)],
+            [
+                JsonlReader(documents, add_file_path=False),
+                MinhashDedupSignature(signatures, config=config, language=WORDS),
+            ],
         ),
         "minhash-matches": (buckets, [MinhashDedupBuckets(signatures, matches, config=config)]),
         "minhash-clusters": (1, [MinhashDedupCluster(matches, clusters, config=config)]),
         "minhash": (
             tasks,
             [
-                JsonlReader(documents),
+                JsonlReader(documents, add_file_path=False),
                 MinhashDedupFilter(clusters, exclusion_writer=JsonlWriter(f"{removed}/minhash")),
                 JsonlWriter(output),
             ],

@@ -68,6 +68,7 @@ def test_junk_and_near_duplicates_go_and_say_why(
     kept = {document["text"] for document in documents(output / "kept")}
     assert kept - {NEAR, GOOD[3]} == set(GOOD) - {GOOD[3]}
     assert len(kept & {NEAR, GOOD[3]}) == 1
+    assert "clean.part" not in json.dumps(documents(output / "kept"))
     removed = {stage.name: documents(stage) for stage in (output / "removed").iterdir()}
     assert {stage: len(found) for stage, found in removed.items()} == {
         "gopher-repetition": 1,
