@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -99,6 +100,7 @@ def clean(
 
 def _steps() -> Any:
     try:
+        importlib.import_module("orjson")  # datatrove's writer asks for it, late
         import data_prep.clean_steps
     except ImportError as error:
         raise CorpusError(f"cleaning takes datatrove ({error}): pip install 'mamba-pretrain[clean]'") from error
