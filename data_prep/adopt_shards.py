@@ -156,7 +156,7 @@ def _as_given(message: str, sources: dict[str, Foreign], scratch: Path) -> str:
 def parser() -> ArgumentParser:
     result = new_parser("data_prep.adopt_shards", DESCRIPTION)
     for split in SPLITS:
-        result.add_argument(f"--{split}", type=local_directory, metavar="PREFIX", help=f"what becomes the {split} split")
+        result.add_argument(f"--{split}", type=local_directory, metavar="PREFIX", help=f"what becomes split {split}")
     result.add_argument(
         "--tokenizer",
         required=True,
@@ -213,8 +213,7 @@ def body(arguments: Namespace) -> int:
         overwrite=arguments.overwrite,
         command=sys.argv,
     )
-    print("
-".join([summary(manifest), *notes]))
+    print("\n".join([summary(manifest), *notes]))
     print(f"{arguments.output}: adopted, by {arguments.link} links")
     return 0
 

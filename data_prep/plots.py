@@ -10,7 +10,8 @@ import numpy as np
 from data_prep.statistics import Lengths, TokenCounts, lower_edges
 from data_prep.streams import CorpusError
 
-COLOUR, MARK_COLOUR: Final = "#1f5fa8", "#c4451c"
+COLOUR: Final = "#1f5fa8"
+MARK_COLOUR: Final = "#c4451c"
 PER_OCTAVE: Final = 8  # bars
 
 

@@ -66,12 +66,12 @@ def body(arguments: Namespace) -> int:
     shard, _ = open_split(arguments.dataset, arguments.split)
     if arguments.document is not None and not 0 <= arguments.document < shard.n_documents:
         raise ShardError(f"no document {arguments.document} in {shard.path}: it has {shard.n_documents}, from 0 on")
-    tokenizer = dataset_tokenizer(arguments.dataset, manifest)
     if arguments.lengths or arguments.stats or arguments.plot:
-        _show_statistics(arguments, shard, manifest, tokenizer)
+        _show_statistics(arguments, shard, manifest)
     if arguments.find:
-        return _show_places(arguments, shard, tokenizer)
+        return _show_places(arguments, shard, dataset_tokenizer(arguments.dataset, manifest))
     if arguments.document is not None:
+        tokenizer = dataset_tokenizer(arguments.dataset, manifest)
         for document in range(arguments.document, min(arguments.document + arguments.count, shard.n_documents)):
             start, stop = shard.document_bounds(document)
             print(f"--- {arguments.split} document {document}, tokens {start:,} to {stop:,} ({stop - start:,})")
@@ -93,10 +93,10 @@ def _show_places(arguments: Namespace, shard: Shard, tokenizer: Tokenizer) -> in
     total = shard.n_tokens - shard.document_bounds(first)[0] if shard.n_documents else 0
     n = 0
     with tqdm(total=total, unit="token", unit_scale=True, disable=None) as bar:
-        for n, hit in enumerate(
-            itertools.islice(find(shard, tokenizer, arguments.find, first, bar.update), arguments.hits), start=1
-        ):
+        hits = find(shard, tokenizer, arguments.find, first, bar.update)
+        for hit in itertools.islice(hits, arguments.hits):
             tqdm.write(f"{arguments.split} {hit}", file=sys.stdout)
+            n += 1
     if n == arguments.hits:
         print(f"stopped after {n:,} places; --hits asks for more, --document begins elsewhere")
     else:
@@ -104,7 +104,7 @@ def _show_places(arguments: Namespace, shard: Shard, tokenizer: Tokenizer) -> in
     return 0 if n else 1
 
 
-def _show_statistics(arguments: Namespace, shard: Shard, manifest: Manifest, tokenizer: Tokenizer) -> None:
+def _show_statistics(arguments: Namespace, shard: Shard, manifest: Manifest) -> None:
     if not shard.n_documents:
         raise ShardError(f"{shard.path} has no documents: there is nothing to measure")
     with tqdm(total=shard.n_documents, unit="document", unit_scale=True, disable=None) as bar:
@@ -115,19 +115,16 @@ def _show_statistics(arguments: Namespace, shard: Shard, manifest: Manifest, tok
         return
     total = min(shard.n_tokens, arguments.sample_tokens)
     with tqdm(total=total, unit="token", unit_scale=True, disable=None) as bar:
-        tokens = count_tokens(shard, tokenizer.vocab_size, arguments.sample_tokens, bar.update)
+        tokens = count_tokens(shard, manifest.tokenizer.vocab_size, arguments.sample_tokens, bar.update)
     if arguments.stats:
-        print(statistics(arguments.split, lengths, tokens, tokenizer))
+        print(statistics(arguments.split, lengths, tokens, dataset_tokenizer(arguments.dataset, manifest)))
         print(_duplicates(manifest))
     if arguments.plot:
         arguments.plot.mkdir(parents=True, exist_ok=True)
         title = f"{arguments.dataset.resolve().name}, {arguments.split}"
-        for draw, measured, name in (
-            (plot_lengths, lengths, "document_lengths.png"),
-            (plot_ranks, tokens, "token_ranks.png"),
-        ):
-            draw(title, measured, arguments.plot / name)
-            print(f"drew {arguments.plot / name}")
+        plot_lengths(title, lengths, arguments.plot / "document_lengths.png")
+        plot_ranks(title, tokens, arguments.plot / "token_ranks.png")
+        print(f"drew document_lengths.png and token_ranks.png in {arguments.plot}")
 
 
 def statistics(split: str, lengths: Lengths, tokens: TokenCounts, tokenizer: Tokenizer) -> str:

@@ -57,7 +57,8 @@ def measure_lengths(shard: Shard, progress: Callable[[int], object] = lambda _: 
 
 
 def _bit_lengths(numbers: NDArray[np.int64]) -> NDArray[np.int32]:
-    return np.frexp(numbers.astype(np.float64))[1]
+    _, exponents = np.frexp(numbers.astype(np.float64))
+    return exponents.astype(np.int32)
 
 
 def _bins(lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -111,16 +111,15 @@ def _check_split(directory: Path, manifest: Manifest, split: str, progress: Prog
     except (ShardError, FileNotFoundError) as error:
         present = (name for name in info.files if (directory / name).is_file())
         found = Scan({name: read_once(directory / name, progress) for name in present}, [str(error)], Marks())
-    files, problems, marks = found.files, found.problems, found.marks
+    problems, marks, tokenizer = list[str](), found.marks, manifest.tokenizer
     for name, expected in info.files.items():
-        if name not in files:
+        if name not in found.files:
             problems.append(f"{directory / name} is missing")
-        elif files[name].sha256 != expected.sha256:
+        elif (sha256 := found.files[name].sha256) != expected.sha256:
             problems.append(
-                f"{directory / name} has sha256 {files[name].sha256[:12]}, the manifest says {expected.sha256[:12]}: "
-                "it changed"
+                f"{directory / name} has sha256 {sha256[:12]}, the manifest says {expected.sha256[:12]}: it changed"
             )
-    tokenizer = manifest.tokenizer
+    problems += found.problems
     for promised, count, first, what in (
         (manifest.adds_bos, marks.with_bos, marks.first_without_bos, f"begin with the bos, id {tokenizer.bos_id}"),
         (manifest.adds_eod, marks.with_eod, marks.first_without_eod, f"end with the eod, id {tokenizer.eod_id}"),
