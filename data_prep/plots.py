@@ -12,7 +12,7 @@ from data_prep.streams import CorpusError
 
 COLOUR: Final = "#1f5fa8"
 MARK_COLOUR: Final = "#c4451c"
-PER_OCTAVE: Final = 8  # bars
+PER_OCTAVE: Final = 4  # bars
 
 
 def plot_lengths(title: str, lengths: Lengths, path: Path) -> None:

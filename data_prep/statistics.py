@@ -58,19 +58,21 @@ def measure_lengths(shard: Shard, progress: Callable[[int], object] = lambda _: 
 
 def _bit_lengths(numbers: NDArray[np.int64]) -> NDArray[np.int32]:
     _, exponents = np.frexp(numbers.astype(np.float64))
-    return exponents.astype(np.int32)
+    return exponents
 
 
 def _bins(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     shift = np.maximum(_bit_lengths(lengths) - FINE - 1, 0).astype(np.int64)
-    return (shift << FINE) + (lengths >> shift)
+    bins: NDArray[np.int64] = (shift << FINE) + (lengths >> shift)
+    return bins
 
 
 def lower_edges() -> NDArray[np.int64]:
     """The shortest length in each bin."""
     bins = np.arange(BINS, dtype=np.int64)
     shift = np.maximum((bins >> FINE) - 1, 0)
-    return (bins - (shift << FINE)) << shift
+    edges: NDArray[np.int64] = (bins - (shift << FINE)) << shift
+    return edges
 
 
 def histogram(lengths: Lengths) -> str:
