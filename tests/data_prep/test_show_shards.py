@@ -16,7 +16,7 @@ from data_prep.find import find
 from data_prep.statistics import count_tokens, histogram, lower_edges, measure_lengths
 from data_prep.train_tokenizer import train, train_json
 from mamba_pretrain.data.dataset import open_split
-from mamba_pretrain.data.shards import Shard, ShardError
+from mamba_pretrain.data.shards import HEADER, MAGIC, Shard, ShardError
 from mamba_pretrain.data.tokenizer import load_tokenizer
 from mamba_pretrain.data.writer import ShardWriter
 from tests.helpers.corpora import make_dataset, make_documents
@@ -131,10 +131,13 @@ def test_every_length_falls_into_the_bin_that_begins_below_it() -> None:
 
 def test_the_index_of_millions_is_measured_in_bounded_memory(tmp_path: Path) -> None:
     n, length = 3_000_000, 5
-    with ShardWriter(tmp_path / "train", vocab_size=2) as writer:
-        writer._bin.write(bytes(2 * n * length))
-        writer._lengths.extend([length] * n)
-        writer.n_tokens = n * length
+    with (tmp_path / "train.bin").open("wb") as stream:
+        stream.truncate(2 * n * length)
+    with (tmp_path / "train.idx").open("wb") as stream:
+        stream.write(HEADER.pack(MAGIC, 1, 8, n, n + 1))
+        np.full(n, length, "<i4").tofile(stream)
+        np.arange(0, 2 * n * length, 2 * length, "<i8").tofile(stream)
+        np.arange(n + 1, dtype="<i8").tofile(stream)
     shard = Shard(tmp_path / "train")
     tracemalloc.start()
     measured = measure_lengths(shard)
@@ -170,8 +173,9 @@ def test_tokens_are_counted_in_blocks_spread_over_the_split(tmp_path: Path, monk
         count_tokens(shard, 9, 10_000)
 
 
-def test_pictures_are_drawn(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pictures_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
+    dataset = make_dataset(tmp_path / "data", documents=DOCUMENTS, fractions=(1, 0, 0))
     assert show_shards.main([str(dataset), "--plot", str(tmp_path / "pictures")]) == 0
     for name in ("document_lengths.png", "token_ranks.png"):
         assert (tmp_path / "pictures" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
