@@ -60,7 +60,15 @@ ROOMS = {  # a room may import itself and what is listed here; the longest match
         "plan",
         "train",
     },
-    "data_prep": {"data.dataset", "data.manifest", "data.shards", "data.writer", "data.tokenizer", "files"},
+    "data_prep": {
+        "data.dataset",
+        "data.manifest",
+        "data.scan",
+        "data.shards",
+        "data.writer",
+        "data.tokenizer",
+        "files",
+    },
     "launch": {"cli", "train", "distributed.env", "evaluate", "export", "data", "config", "checkpoint", "model"},
 }
 # Where a package is optional, or heavy and needed by one command only, it is imported when it is used.
@@ -70,6 +78,7 @@ HEAVY = {
     "config": "torch",
     "data.dataset": "torch",
     "data.manifest": "torch",
+    "data.scan": "torch",
     "data.shards": "torch",
     "data.order": "torch",
     "data.packing": "torch",

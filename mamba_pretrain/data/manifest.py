@@ -73,7 +73,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json`, field for field. Version 1 had no `selection` and no `origin`."""
+    """`manifest.json`, field for field. Version 1 had no `selection`, `origin` and `adds_eod`."""
 
     tokenizer: TokenizerInfo
     dtype: str
@@ -88,6 +88,7 @@ class Manifest:
     versions: dict[str, str]
     selection: Selection = field(default_factory=Selection)
     origin: str = "build_shards"  # or the program whose tokens were adopted: megatron, datatrove
+    adds_eod: bool = True  # whether every document ends with the eod; adopted ones may not
     format: str = "megatron-indexed-dataset"
     version: int = 2
 
@@ -113,8 +114,8 @@ class Manifest:
             raise ShardError(f"{path} is not JSON ({error}); make the dataset again") from error
         found = {name: fields.get(name) for name in ("format", "version")} if isinstance(fields, dict) else fields
         if found == {"format": cls.format, "version": 1}:
-            added = {"selection": dataclasses.asdict(Selection()), "origin": cls.origin, "version": cls.version}
-            fields = {**fields, **added}
+            added = {"selection": dataclasses.asdict(Selection()), "origin": cls.origin, "adds_eod": True}
+            fields = {**fields, **added, "version": cls.version}
         elif found != {"format": cls.format, "version": cls.version}:
             raise ShardError(
                 f"{path} is {found}; this reader knows format {cls.format!r}, versions 1 and {cls.version}: a newer "

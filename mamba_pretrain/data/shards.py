@@ -150,8 +150,24 @@ class Shard:
         starts: NDArray[np.int64] = self._pointers[self._document_index[first:last]] // self.dtype.itemsize
         return starts
 
-    def problems(self, vocab_size: int | None = None) -> Iterator[str]:
-        """Everything wrong with the index and the tokens, in one pass over both and bounded memory."""
+    def document_edges(self, first: int, last: int) -> NDArray[np.int64]:
+        """Where each of the documents [first, last) begins, and where the last of them ends: (last - first + 1,)."""
+        if not 0 <= first < last <= self.n_documents:
+            raise IndexError(f"documents [{first}, {last}) of {self.path}, which has {self.n_documents}")
+        sequences = self._document_index[first : last + 1]
+        if sequences.min() >= 0 and sequences.max() <= self.n_sequences:
+            inside = sequences < self.n_sequences
+            edges = np.full(sequences.size, self.n_tokens, np.int64)
+            edges[inside] = self._pointers[sequences[inside]] // self.dtype.itemsize
+            if edges[0] >= 0 and edges[-1] <= self.n_tokens and (np.diff(edges) >= 0).all():
+                return edges
+        raise ShardError(
+            f"{self._idx}: one of the documents {first:,} to {last - 1:,} ends before it begins, or beyond the tokens: "
+            "the index is damaged, see python -m data_prep.verify_shards"
+        )
+
+    def problems(self) -> Iterator[str]:
+        """Everything wrong with the index, in bounded memory; `scan.py` reads the tokens, too."""
         rows, end = BLOCK_BYTES // 8, 0
         for begin in range(0, self.n_sequences, rows):
             lengths = self._lengths[begin : begin + rows].astype(np.int64)
@@ -171,13 +187,3 @@ class Shard:
             if (steps < 0).any():
                 document = begin + int(np.argmax(steps < 0))
                 yield f"{self._idx}: the document index runs backwards after document {document:,}"
-        limit = np.iinfo(np.int64).max if vocab_size is None else vocab_size
-        for begin in range(0, self.n_tokens, rows):
-            tokens = self._tokens[begin : begin + rows]
-            wrong = np.flatnonzero((tokens < 0) | (tokens >= limit))
-            if wrong.size:
-                i = int(wrong[0])
-                yield (
-                    f"{self._bin}: {wrong.size:,} tokens outside the vocabulary of {limit:,}, the first is id "
-                    f"{tokens[i]} at position {begin + i:,}"
-                )
