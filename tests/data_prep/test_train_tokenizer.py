@@ -58,7 +58,7 @@ def test_the_memory_of_a_sample_does_not_grow_with_the_corpus() -> None:
 
 
 def test_lines_keep_their_ends_and_passages_hold_them_inside() -> None:
-    from data_prep.corpus import Document
+    from data_prep.records import Document
 
     document = Document("one\n\ntwo\n" + "x" * 2500, "a", 1)
     assert list(sentences([document])) == ["one\n", "\n", "two\n", "x" * 2000, "x" * 500]
