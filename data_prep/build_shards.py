@@ -10,7 +10,7 @@ import tempfile
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -22,11 +22,11 @@ from data_prep.command import new_parser, run
 from data_prep.corpus import Corpus, add_split_arguments, split_rule
 from data_prep.merge import UselessError, merge, require_room
 from data_prep.parts import Counts, Failed, Progress, Task, finished, left_out, sweep, write_part
-from data_prep.plan import PLAN, Plan, agree, has_parts, planned_tokenizer, work_of
+from data_prep.plan import PLAN, Plan, agree, has_parts, name_of, planned_tokenizer, work_of
 from data_prep.progress import Meter
 from data_prep.store import Store, is_url
 from data_prep.streams import CorpusError
-from mamba_pretrain.data.manifest import Manifest, SplitRule
+from mamba_pretrain.data.manifest import Manifest
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
@@ -61,8 +61,8 @@ def build(
 ) -> Manifest:
     """Writes the dataset `output` and returns its manifest; with one process, in this one. `what`: Plan.make's options.
 
-    Raises CorpusError, ShardError, TokenizerError; then finished parts are kept in OUTPUT.work, and a call with the same
-    arguments goes on with them. The dataset does not depend on `processes`, `unit_bytes`, or how often it went on.
+    Raises CorpusError, ShardError, TokenizerError; then finished parts are kept in OUTPUT.work, and a call with the
+    same arguments goes on with them. The dataset does not depend on `processes`, `unit_bytes`, or how often it went on.
     """
     require_room(output, overwrite)
     plan, store = Plan.make(corpus, tokenizer, **what), work_of(output)
@@ -106,6 +106,7 @@ def make_parts(corpus: Corpus, store: Store, plan: Plan, chosen: range, processe
             at[task.part] = progress.unit
             meter.report(task.part, progress)
 
+        ended: Generator[tuple[Any, Any]]
         if processes > 1:
             ended = pool.run(tasks, processes, _worker, (corpus, plan, store), report)
         else:
@@ -120,7 +121,7 @@ def make_parts(corpus: Corpus, store: Store, plan: Plan, chosen: range, processe
                     failed[task.part] = result.reason
                 else:
                     unit = at.get(task.part, plan.units_of(task.part)[0])
-                    reason = left_out(str(plan.units[unit]), result.reason)
+                    reason = left_out(name_of(plan.units[unit]), result.reason)
                     if corpus.on_error == "skip-files" and unit not in task.left_out:
                         tasks.append(Task(task.part, {**task.left_out, unit: reason}))
                     else:
@@ -140,7 +141,7 @@ def _worker(corpus: Corpus, plan: Plan, store: Store) -> Callable[[Task, Callabl
 
 def _in_process(
     tasks: deque[Task], corpus: Corpus, plan: Plan, store: Store, report: Callable[[Task, Progress], None]
-) -> Iterator[tuple[Task, Counts | Failed]]:
+) -> Generator[tuple[Task, Counts | Failed]]:
     tokenizer = planned_tokenizer(store, plan)
     while tasks:
         task = tasks.popleft()
@@ -220,7 +221,7 @@ def summary(manifest: Manifest) -> str:
         (
             manifest.selection.duplicates,
             "documents repeat the text of an earlier one, and "
-            + ("were left out" if manifest.selection.duplicates_dropped else "are in: --drop-duplicates leaves them out"),
+            + ("were left out" if manifest.selection.duplicates_dropped else "are in; --drop-duplicates drops them"),
         ),
         (manifest.not_round_trip, "documents do not decode back to their own bytes: the tokenizer loses text"),
     ):

@@ -92,7 +92,7 @@ def merge(
             command=plan.choices.command,
             versions=plan.versions,
             selection=Selection(
-                normalization=plan.normalization,
+                normalization=plan.reading.normalization,
                 min_bytes=plan.min_bytes,
                 max_bytes=plan.max_bytes,
                 too_short=sum(counts.too_short for counts in parts.values()),

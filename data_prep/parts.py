@@ -19,13 +19,13 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import BinaryIO, Final
 
 import numpy as np
 
-from data_prep.corpus import Corpus, Document, split_of
-from data_prep.plan import Plan
+from data_prep.corpus import Corpus, split_of
+from data_prep.plan import Plan, name_of
+from data_prep.records import Document
 from data_prep.store import DRAFT, Store
 from data_prep.streams import CorpusError
 from mamba_pretrain.data.manifest import from_json
@@ -224,19 +224,14 @@ def write_part(
             draft.unlink(missing_ok=True)
 
 
-def _read_unit(
-    unit: int, writer: PartWriter, report: Callable[[Progress], None], corpus: Corpus, plan: Plan
-) -> None:
+def _read_unit(unit: int, writer: PartWriter, report: Callable[[Progress], None], corpus: Corpus, plan: Plan) -> None:
     planned, mark, due = plan.units[unit], writer.mark(), time.monotonic() + REPORT_S
     try:
-        for record in corpus.records(planned.unit):
+        for record in corpus.records(planned):
             if isinstance(record, Document):
                 writer.add(record)
             elif corpus.on_error == "stop":
-                raise CorpusError(
-                    f"{record.source}:{record.line}: {record.reason}. Mend it, or pass --on-error skip to leave out "
-                    "and count such records"
-                )
+                raise corpus.refusal(planned, record)
             else:
                 writer.counts.skipped += 1
             if time.monotonic() >= due:
@@ -247,7 +242,7 @@ def _read_unit(
         if corpus.on_error != "skip-files":
             raise
         writer.rewind(mark)
-        writer.counts.left_out.append(left_out(str(planned), str(error)))
+        writer.counts.left_out.append(left_out(name_of(planned), str(error)))
 
 
 def left_out(unit: str, reason: str) -> str:
@@ -269,7 +264,8 @@ def finished(store: Store, plan: Plan) -> dict[int, Counts]:
         try:
             counts = from_json(Counts, json.loads(store.read(name)), f"{store}/{name}")
         except ValueError as error:
-            raise ShardError(f"{store}/{name} is damaged ({error}): remove it, and start the same command again") from error
+            message = f"{store}/{name} is damaged ({error}): remove it, and start the same command again"
+            raise ShardError(message) from error
         stop, skip = (plan.choices.on_error == choice for choice in ("stop", "skip"))
         if not ((stop and counts.skipped) or ((stop or skip) and counts.left_out)):
             found[int(number)] = counts
@@ -294,4 +290,7 @@ def rows_of(store: Store, part: int, documents: int) -> Iterator[np.ndarray]:
             n += rows.size
             yield rows
     if n != documents:
-        raise ShardError(f"{store}/{name} has {n:,} documents, {documents:,} were counted: remove {Path(name).stem}.json")
+        raise ShardError(
+            f"{store}/{name} has {n:,} documents, {documents:,} were counted: it changed since it was made. Remove "
+            f"{part:06d}.json and start the build again"
+        )

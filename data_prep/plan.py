@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Final
 
 import mamba_pretrain
-from data_prep.corpus import Corpus, Unit
+from data_prep.corpus import Corpus
+from data_prep.records import Reading, Unit
 from data_prep.store import Store, store_at
 from mamba_pretrain.data.manifest import SourceInfo, SplitRule, TokenizerInfo, from_json
 from mamba_pretrain.data.shards import ShardError
@@ -28,24 +29,8 @@ PLAN: Final = "plan.json"
 PLAN_LOCK: Final = "plan.lock"
 LIBRARIES: Final = ("numpy", "sentencepiece", "tokenizers")
 MIN_UNIT_BYTES: Final = 8 << 20
+MAX_UNITS: Final = 1000  # small files in a part
 MAX_PARTS: Final = 4096  # about so many, whatever the corpus: a few thousand files are no burden to a file system
-
-
-@dataclass(frozen=True)
-class PlannedUnit:
-    source: str
-    start: int
-    stop: int | None
-    bytes: int
-
-    def __str__(self) -> str:
-        if not self.start and self.stop is None:
-            return self.source
-        return f"{self.source} [{self.start:,} to {'the end' if self.stop is None else f'{self.stop:,}'}]"
-
-    @property
-    def unit(self) -> Unit:
-        return Unit(self.source, self.start, self.stop)
 
 
 @dataclass(frozen=True)
@@ -60,16 +45,14 @@ class Choices:
 @dataclass(frozen=True)
 class Plan:
     inputs: list[SourceInfo]
-    text_key: str
-    txt_documents: str
-    normalization: str
+    reading: Reading
     split_rule: SplitRule
     adds_bos: bool
     min_bytes: int
     max_bytes: int
     tokenizer: TokenizerInfo
     unit_bytes: int
-    units: list[PlannedUnit]
+    units: list[Unit]
     parts: list[int]  # the first unit of each
     versions: dict[str, str]
     choices: Choices
@@ -97,12 +80,10 @@ class Plan:
         token_dtype(tokenizer.vocab_size)  # or an error, now rather than in each worker
         inputs = corpus.sources()
         unit_bytes = unit_bytes or max(MIN_UNIT_BYTES, -(-sum(source.bytes for source in inputs) // MAX_PARTS))
-        units = [PlannedUnit(u.source, u.start, u.stop, corpus.size(u)) for u in corpus.units(unit_bytes)]
+        units = corpus.units(unit_bytes)
         return cls(
             inputs=inputs,
-            text_key=corpus.text_key,
-            txt_documents=corpus.txt_documents,
-            normalization=corpus.normalization,
+            reading=corpus.reading,
             split_rule=rule,
             adds_bos=add_bos,
             min_bytes=min_bytes,
@@ -117,7 +98,7 @@ class Plan:
             ),
             unit_bytes=unit_bytes,
             units=units,
-            parts=_parts(units, unit_bytes),
+            parts=_parts([corpus.size(unit) for unit in units], unit_bytes),
             versions={
                 "mamba_pretrain": mamba_pretrain.__version__,
                 "python": platform.python_version(),
@@ -132,7 +113,8 @@ class Plan:
         try:
             fields = json.loads(store.read(PLAN))
         except FileNotFoundError as error:
-            raise ShardError(f"{where} does not exist: no build was started with this output, or it has ended") from error
+            message = f"{where} does not exist: no build was started with this output, or it has ended"
+            raise ShardError(message) from error
         except ValueError as error:
             raise ShardError(f"{where} is damaged ({error}): remove {store} and build again") from error
         if not isinstance(fields, dict) or fields.get("version") != cls.version:
@@ -150,17 +132,23 @@ class Plan:
     def name_of(self, part: int) -> str:
         units = self.units_of(part)
         more = f" and {len(units) - 1} more" if len(units) > 1 else ""
-        return f"part {part} ({self.units[units[0]]}{more})"
+        return f"part {part} ({name_of(self.units[units[0]])}{more})"
 
 
-def _parts(units: Sequence[PlannedUnit], unit_bytes: int) -> list[int]:
-    firsts, held = [], 0
-    for i, unit in enumerate(units):
-        if not firsts or held + unit.bytes > unit_bytes:
+def _parts(sizes: Sequence[int], unit_bytes: int) -> list[int]:
+    firsts, held = list[int](), 0
+    for i, size in enumerate(sizes):
+        if not firsts or held + size > unit_bytes or i - firsts[-1] == MAX_UNITS:
             firsts.append(i)
             held = 0
-        held += unit.bytes
+        held += size
     return firsts
+
+
+def name_of(unit: Unit) -> str:
+    if not unit.start and unit.stop is None:
+        return unit.source
+    return f"{unit.source} [{unit.start:,} to {'the end' if unit.stop is None else f'{unit.stop:,}'}]"
 
 
 def work_of(output: str | Path) -> Store:

@@ -12,7 +12,7 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.context import SpawnProcess
@@ -50,7 +50,7 @@ def run(
     setup: Callable[..., Work],
     arguments: tuple[Any, ...],
     report: Callable[[Any, Any], None],
-) -> Iterator[tuple[Any, Any]]:
+) -> Generator[tuple[Any, Any]]:
     """(task, result or Failure) as they end, of tasks done by `setup(*arguments)` in each of `processes` workers.
 
     The caller may append to `tasks` while it iterates. `report(task, value)` is called for what a worker reports. Ends
@@ -82,7 +82,8 @@ def run(
                     worker.process.join()
                     failed_starts += not worker.ready
                     if failed_starts == STARTS:
-                        raise WorkerError(f"{STARTS} workers did not start; the last {_end_of(worker.process)}") from None
+                        message = f"{STARTS} workers did not start; the last {_end_of(worker.process)}"
+                        raise WorkerError(message) from None
                     workers[i] = _start(setup, arguments)
                     worker.pipe.close()
                     if worker.task is not None:

@@ -49,9 +49,9 @@ class Meter:
         seconds = max(now - self._began, 1e-3)
         documents = self._documents + sum(progress.documents for _, progress in running)
         tokens = self._tokens + sum(progress.tokens for _, progress in running)
-        text_mb = (self._text_bytes + sum(progress.text_bytes for _, progress in running)) / 1e6
+        mb = (self._text_bytes + sum(progress.text_bytes for _, progress in running)) / 1e6
         done = self._done + sum(min(progress.text_bytes, self._plan.bytes_of(part)) for part, progress in running)
-        rates = f"{documents / seconds:,.0f} documents/s, {text_mb / seconds:,.1f} MB/s, {tokens / seconds:,.0f} tokens/s"
+        rates = f"{documents / seconds:,.0f} documents/s, {mb / seconds:,.1f} MB/s, {tokens / seconds:,.0f} tokens/s"
         self._bar.set_postfix_str(rates, refresh=False)
         self._bar.update(max(0, done - self._bar.n))
         if self._bar.disable and now - self._said > LINE_S:

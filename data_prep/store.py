@@ -123,7 +123,7 @@ class LocalStore(Store):
         except BlockingIOError as error:
             holder = os.read(descriptor, 1000).decode(errors="replace") or "another process"
             raise ShardError(
-                f"{self._root} is in use by another run ({holder} has locked {path.name}): wait until it ends, or end it"
+                f"{self._root} is in use by another run ({holder} has locked {path.name}): wait for it, or end it"
             ) from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
@@ -150,7 +150,7 @@ class RemoteStore(Store):
 
     @cached_property
     def _fs(self) -> Any:
-        return optional("fsspec.core", Path(self._url)).url_to_fs(self._url)[0]
+        return optional("fsspec.core", self._url).url_to_fs(self._url)[0]
 
     def _path(self, name: str = "") -> str:
         return f"{self._url}/{name}".rstrip("/")

@@ -48,7 +48,8 @@ class ShardWriter:
         self._name = prefix.name
         self._create = create or (lambda name: prefix.with_name(name).open("xb", buffering=1 << 20))
         # Without a name, so that nothing stays of it however this ends. Lengths of a remote shard wait on this machine.
-        self._lengths: BinaryIO = tempfile.TemporaryFile(dir=prefix.parent if create is None else None)
+        place = prefix.parent if create is None else None
+        self._lengths: BinaryIO = tempfile.TemporaryFile(dir=place)  # noqa: SIM115 - __exit__ closes it
         self._bin = _HashedFile(f"{self._name}.bin", self._create)
 
     def append(self, tokens: NDArray[np.integer[Any]]) -> None:
