@@ -24,8 +24,8 @@ from data_prep.merge import UselessError, merge, require_room
 from data_prep.parts import Counts, Failed, Progress, Task, finished, left_out, sweep, write_part
 from data_prep.plan import PLAN, Plan, agree, has_parts, name_of, planned_tokenizer, work_of
 from data_prep.progress import Meter
-from data_prep.store import Store, is_url
-from data_prep.streams import CorpusError
+from data_prep.store import Store
+from data_prep.streams import CorpusError, is_url
 from mamba_pretrain.data.manifest import Manifest
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
@@ -196,11 +196,11 @@ def _disk_full(reason: str, store: Store) -> str:
 
 
 def _require_outside(output: str | Path, inputs: Sequence[str | Path]) -> None:
-    if is_url(output):
+    if is_url(str(output)):
         return
     output = Path(output)
     for path in inputs:
-        if not is_url(path) and Path(path).resolve().is_relative_to(output.resolve()):
+        if not is_url(str(path)) and Path(path).resolve().is_relative_to(output.resolve()):
             raise ShardError(f"{output} holds the input {path}, which it would replace: choose another output")
 
 

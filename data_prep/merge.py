@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from data_prep.duplicates import find_duplicates
 from data_prep.parts import Counts, rows_of
 from data_prep.plan import Plan, planned_tokenizer
-from data_prep.store import RemoteStore, Store, is_url
-from data_prep.streams import CorpusError
+from data_prep.store import RemoteStore, Store
+from data_prep.streams import CorpusError, is_url
 from mamba_pretrain.data.manifest import MANIFEST, Manifest, Selection, SplitInfo
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ class UselessError(CorpusError):
 
 def require_room(output: str | Path, overwrite: bool) -> None:
     """Raises ShardError where the output exists and may not be replaced: before the work, not after it."""
-    if not is_url(output):
+    if not is_url(str(output)):
         require_replaceable(Path(output), error=ShardError, overwrite=overwrite)
     elif MANIFEST in RemoteStore(str(output)).names() and not overwrite:
         raise ShardError(f"{output} exists; choose another output, or pass --overwrite to replace it")
@@ -195,7 +195,7 @@ class _Target:
 @contextlib.contextmanager
 def _target(output: str | Path, overwrite: bool, plan: Plan, parts: dict[int, Counts]) -> Iterator[_Target]:
     require_room(output, overwrite)
-    if not is_url(output):
+    if not is_url(str(output)):
         with atomic_directory(Path(output), error=ShardError, overwrite=overwrite) as scratch:
             yield _Target(scratch)
         return

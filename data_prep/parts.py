@@ -27,7 +27,7 @@ from data_prep.corpus import Corpus, split_of
 from data_prep.plan import Plan, name_of
 from data_prep.records import Document
 from data_prep.store import DRAFT, Store
-from data_prep.streams import CorpusError
+from data_prep.streams import CorpusError, UnreadableError
 from mamba_pretrain.data.manifest import from_json
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import Tokenizer, TokenizerError
@@ -238,7 +238,7 @@ def _read_unit(unit: int, writer: PartWriter, report: Callable[[Progress], None]
                 report(_progress(unit, writer))
                 due = time.monotonic() + REPORT_S
         writer.flush()
-    except CorpusError as error:
+    except UnreadableError as error:
         if corpus.on_error != "skip-files":
             raise
         writer.rewind(mark)

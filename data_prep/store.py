@@ -18,7 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol
 
-from data_prep.streams import optional
+import fsspec
+
+from data_prep.streams import is_url
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.files import sync
 
@@ -55,11 +57,7 @@ class Store(Protocol):
 
 
 def store_at(place: str | Path) -> Store:
-    return RemoteStore(str(place)) if is_url(place) else LocalStore(Path(os.path.abspath(place)))
-
-
-def is_url(place: str | Path) -> bool:
-    return "://" in str(place)
+    return RemoteStore(str(place)) if is_url(str(place)) else LocalStore(Path(os.path.abspath(place)))
 
 
 class LocalStore(Store):
@@ -150,7 +148,7 @@ class RemoteStore(Store):
 
     @cached_property
     def _fs(self) -> Any:
-        return optional("fsspec.core", self._url).url_to_fs(self._url)[0]
+        return fsspec.core.url_to_fs(self._url)[0]
 
     def _path(self, name: str = "") -> str:
         return f"{self._url}/{name}".rstrip("/")

@@ -14,7 +14,8 @@ from typing import Final
 import sentencepiece
 
 from data_prep.command import new_parser, run
-from data_prep.corpus import Corpus, Document, add_split_arguments, split_of, split_rule
+from data_prep.corpus import Corpus, add_split_arguments, split_of, split_rule
+from data_prep.records import Document
 from data_prep.streams import CorpusError
 from mamba_pretrain.data.tokenizer import TokenizerError, load_tokenizer
 
