@@ -66,10 +66,11 @@ def build(
     """
     require_room(output, overwrite)
     plan, store = Plan.make(corpus, tokenizer, **what), work_of(output)
-    with store.lock(RUN_LOCK), _kept(store, alone=True):
+    with store.lock(RUN_LOCK):
         agree(store, plan, tokenizer, alone=True)
-        parts = make_parts(corpus, store, plan, range(len(plan.parts)), processes)
-        manifest = merge_with_bar(output, store, plan, parts, overwrite)
+        with _kept(store, alone=True):
+            parts = make_parts(corpus, store, plan, range(len(plan.parts)), processes)
+            manifest = merge_with_bar(output, store, plan, parts, overwrite)
         store.remove_all(first=PLAN)
     return manifest
 
@@ -81,9 +82,10 @@ def build_task(
     index, count = task
     require_room(output, overwrite=True)
     plan, store = Plan.make(corpus, tokenizer, **what), work_of(output)
-    with store.lock(RUN_LOCK, shared=True), store.lock(f"task-{index}-of-{count}.lock"), _kept(store, alone=False):
+    with store.lock(RUN_LOCK, shared=True), store.lock(f"task-{index}-of-{count}.lock"):
         agree(store, plan, tokenizer, alone=False)
-        return len(make_parts(corpus, store, plan, range(index, len(plan.parts), count), processes))
+        with _kept(store, alone=False):
+            return len(make_parts(corpus, store, plan, range(index, len(plan.parts), count), processes))
 
 
 def merge_with_bar(output: str | Path, store: Store, plan: Plan, parts: dict[int, Counts], overwrite: bool) -> Manifest:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data_prep.duplicates import find_duplicates
 from data_prep.parts import Counts, rows_of
-from data_prep.plan import Plan, planned_tokenizer
+from data_prep.plan import PLAN, Plan, planned_tokenizer, work_of
 from data_prep.store import RemoteStore, Store
 from data_prep.streams import CorpusError, is_url
 from mamba_pretrain.data.manifest import MANIFEST, Manifest, Selection, SplitInfo
@@ -35,7 +35,13 @@ class UselessError(CorpusError):
 def require_room(output: str | Path, overwrite: bool) -> None:
     """Raises ShardError where the output exists and may not be replaced: before the work, not after it."""
     if not is_url(str(output)):
-        require_replaceable(Path(output), error=ShardError, overwrite=overwrite)
+        try:
+            require_replaceable(Path(output), error=ShardError, overwrite=overwrite)
+        except ShardError as error:
+            if overwrite or PLAN not in (work := work_of(output)).names():
+                raise
+            message = f"{error}. {work} holds parts of a build of it that did not come to its end: remove them, too"
+            raise ShardError(message) from None
     elif MANIFEST in RemoteStore(str(output)).names() and not overwrite:
         raise ShardError(f"{output} exists; choose another output, or pass --overwrite to replace it")
 
