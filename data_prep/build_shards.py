@@ -102,34 +102,36 @@ def make_parts(corpus: Corpus, store: Store, plan: Plan, chosen: range, processe
     processes = min(processes, len(tasks))
     failed: dict[int, str] = {}
     at: dict[int, int] = {}  # the unit that each part is at
-    with Meter(plan, chosen, parts) as meter:
+    try:
+        with Meter(plan, chosen, parts) as meter:
 
-        def report(task: Task, progress: Progress) -> None:
-            at[task.part] = progress.unit
-            meter.report(task.part, progress)
+            def report(task: Task, progress: Progress) -> None:
+                at[task.part] = progress.unit
+                meter.report(task.part, progress)
 
-        ended: Generator[tuple[Any, Any]]
-        if processes > 1:
-            ended = pool.run(tasks, processes, _worker, (corpus, plan, store), report)
-        else:
-            ended = _in_process(tasks, corpus, plan, store, report)
-        with contextlib.closing(ended):
-            for task, result in ended:
-                if isinstance(result, Counts):
-                    parts[task.part] = result
-                elif isinstance(result, Failed) and result.disk_full:
-                    raise ShardError(_disk_full(result.reason, store))
-                elif isinstance(result, Failed):
-                    failed[task.part] = result.reason
-                else:
-                    unit = at.get(task.part, plan.units_of(task.part)[0])
-                    reason = left_out(name_of(plan.units[unit]), result.reason)
-                    if corpus.on_error == "skip-files" and unit not in task.left_out:
-                        tasks.append(Task(task.part, {**task.left_out, unit: reason}))
+            ended: Generator[tuple[Any, Any]]
+            if processes > 1:
+                ended = pool.run(tasks, processes, _worker, (corpus, plan, store), report)
+            else:
+                ended = _in_process(tasks, corpus, plan, store, report)
+            with contextlib.closing(ended):
+                for task, result in ended:
+                    if isinstance(result, Counts):
+                        parts[task.part] = result
+                    elif isinstance(result, Failed) and result.disk_full:
+                        raise ShardError(_disk_full(result.reason, store))
+                    elif isinstance(result, Failed):
+                        failed[task.part] = result.reason
                     else:
-                        failed[task.part] = reason
-                meter.finish(task.part, parts.get(task.part))
-    sweep(store, chosen)
+                        unit = at.get(task.part, plan.units_of(task.part)[0])
+                        reason = left_out(name_of(plan.units[unit]), result.reason)
+                        if corpus.on_error == "skip-files" and unit not in task.left_out:
+                            tasks.append(Task(task.part, {**task.left_out, unit: reason}))
+                        else:
+                            failed[task.part] = reason
+                    meter.finish(task.part, parts.get(task.part))
+    finally:
+        sweep(store, chosen)
     if failed:
         raise CorpusError(_failures(plan, failed, len(chosen)))
     return parts

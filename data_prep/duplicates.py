@@ -14,8 +14,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-BUCKET_BYTES: Final = 1 << 26
-MAX_BUCKETS: Final = 512  # open files; 800 million documents fill these, with more they grow
+BUCKET_BYTES: Final = 1 << 24  # sorting takes a few times as much
+MAX_BUCKETS: Final = 512  # open files; 350 million documents fill these, with more they grow
 ENTRY: Final = np.dtype([("hash", "<u8", (2,)), ("place", "<i8")])
 
 

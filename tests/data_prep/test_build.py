@@ -130,9 +130,7 @@ def die_at(k: int, below: str) -> None:
     sys.addaudithook(hook)
 
 
-def test_finished_parts_are_not_done_again(
-    inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_parts_are_not_done_again(inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(inputs, tmp_path / "whole")
     done: list[int] = []
 
@@ -250,8 +248,8 @@ def test_duplicates_and_bounds(tmp_path: Path) -> None:
         found[drop] = tokens.strip("\0").split(), info.documents, info.text_bytes, info.words
         assert verify(output) == []
     assert found == {
-        False: ("one two one two one three three four".split(), 8, 29, 8),
-        True: ("one two three four".split(), 4, 15, 4),
+        False: (["one", "two", "one", "two", "one", "three", "three", "four"], 8, 29, 8),
+        True: (["one", "two", "three", "four"], 4, 15, 4),
     }
     with pytest.raises(ShardError, match="bounds of 5 to 2 bytes a document: no document is within them"):
         build(corpus, BytesTokenizer(), tmp_path / "c", **{**options, "min_bytes": 5, "max_bytes": 2})
@@ -273,7 +271,7 @@ class Wrong(BytesTokenizer):
 
 def test_a_tokenizer_whose_ids_do_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = Corpus([write_jsonl(tmp_path / "a.jsonl", make_documents(9))])
-    with pytest.raises(ShardError, match="a vocabulary of 2,147,483,649 ids: token ids of a shard have at most 31 bits"):
+    with pytest.raises(ShardError, match="a vocabulary of 2,147,483,649 ids: .* have at most 31 bits"):
         build(corpus, Wide(), tmp_path / "data", rule=RULE)
     for wrong in (300, 70_000, -1):
         monkeypatch.setattr(Wrong, "wrong", wrong)

@@ -1,13 +1,11 @@
-"""The commands, end to end: what they write, what they refuse, and what a kill or a full disk leaves behind."""
+"""The commands, end to end: what they write and what they refuse."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest

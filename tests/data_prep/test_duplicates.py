@@ -10,7 +10,7 @@ import pytest
 from data_prep import duplicates
 
 
-@pytest.mark.parametrize("bucket_bytes", [1 << 26, 500])
+@pytest.mark.parametrize("bucket_bytes", [1 << 24, 500])
 @pytest.mark.parametrize("n", [0, 1, 1000])
 def test_all_but_the_first_in_order_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket_bytes: int, n: int
