@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import struct
@@ -19,6 +18,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import BinaryIO, Final
 
 import numpy as np
@@ -139,38 +139,48 @@ class PartWriter:
         batch, self._batch, self._characters = self._batch, [], 0
         encoded = self._tokenizer.encode_batch([document.text for document, _ in batch])
         begins = [len(tokens) for _, tokens in self._buffers]
+        gives_back, rule, extra = self._tokenizer.gives_back, self._plan.split_rule, 1 + self._plan.adds_bos
+        n_tokens = n_bytes = split = 0
         for (document, utf8), ids in zip(batch, encoded, strict=True):
-            n_tokens = len(ids) + 1 + self._plan.adds_bos
-            if n_tokens > MAX_TOKENS:
+            length = len(ids) + extra
+            if length > MAX_TOKENS:
                 raise ShardError(
-                    f"{document.source}:{document.line}: a document of {n_tokens:,} tokens; the format holds at most "
+                    f"{document.source}:{document.line}: a document of {length:,} tokens; the format holds at most "
                     f"{MAX_TOKENS:,} in one: cut it, or leave it out with --max-bytes"
                 )
-            split = 0 if len(self._splits) == 1 else self._splits.index(split_of(document.text, self._plan.split_rule))
+            if len(self._splits) > 1:
+                split = self._splits.index(split_of(utf8, rule))
             rows, tokens = self._buffers[split]
             try:
                 tokens += self._bos
                 tokens += self._bytes_of(ids)
                 tokens += self._eod
-                lossy = not self._tokenizer.gives_back(ids, utf8)
+                lossy = not gives_back(ids, utf8)
             except (OverflowError, IndexError):
                 raise self._outside(document, ids) from None
-            digest = hashlib.blake2b(utf8, digest_size=16).digest()
-            rows += PACK(digest, len(utf8), len(document.text.split()), n_tokens, split, lossy)
-            self.counts.documents += 1
-            self.counts.tokens += n_tokens
-            self.counts.text_bytes += len(utf8)
+            digest = blake2b(utf8, digest_size=16).digest()
+            rows += PACK(digest, len(utf8), len(document.text.split()), length, split, lossy)
+            n_tokens += length
+            n_bytes += len(utf8)
+        self.counts.documents += len(batch)
+        self.counts.tokens += n_tokens
+        self.counts.text_bytes += n_bytes
+        self._require_known(batch, encoded, begins)
+        if sum(len(tokens) for _, tokens in self._buffers) >= BUFFER_BYTES:
+            self._write()
+
+    def _require_known(
+        self, batch: list[tuple[Document, bytes]], encoded: Sequence[Sequence[int]], begins: list[int]
+    ) -> None:
+        """One look at all new ids for the vocabulary, and at each document's only if there are others."""
         for begin, (_, tokens) in zip(begins, self._buffers, strict=True):
-            new = np.frombuffer(tokens, self._dtype, offset=begin) if len(tokens) > begin else np.zeros(1, self._dtype)
-            if new.max() >= self._tokenizer.vocab_size or new.min() < 0:
+            new = np.frombuffer(tokens, self._dtype)[begin // self._dtype.itemsize :]
+            if new.size and (new.max() >= self._tokenizer.vocab_size or new.min() < 0):
                 raise next(
                     self._outside(document, ids)
                     for (document, _), ids in zip(batch, encoded, strict=True)
                     if min(ids, default=0) < 0 or max(ids, default=0) >= self._tokenizer.vocab_size
                 )
-            del new  # a buffer with a view cannot grow
-        if sum(len(tokens) for _, tokens in self._buffers) >= BUFFER_BYTES:
-            self._write()
 
     def _bytes_of(self, ids: Sequence[int]) -> bytes | array[int]:
         if isinstance(ids, bytes):
