@@ -76,8 +76,8 @@ def run(parser: ArgumentParser, body: Callable[[Namespace], int], argv: Sequence
     except (CorpusError, ShardError, TokenizerError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted, nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"{parser.prog}: interrupted, {str(error) or 'nothing was written'}", file=sys.stderr)
         return 130
     finally:
         for number in ending:

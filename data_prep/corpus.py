@@ -282,9 +282,10 @@ def split_rule(fractions: Sequence[float], seed: int) -> SplitRule:
     return SplitRule(seed, shares, "blake2b-64 of the UTF-8 text, keyed by the seed, against cumulated fractions")
 
 
-def split_of(text: str, rule: SplitRule) -> str:
-    """The split of a document. Copies of one document share it, so none is both trained on and tested on."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, key=b"split %d" % rule.seed).digest()
+def split_of(text: str | bytes, rule: SplitRule) -> str:
+    """The split of a document, by its text or its UTF-8. Copies share it, so none is both trained on and tested on."""
+    utf8 = text.encode() if isinstance(text, str) else text
+    digest = hashlib.blake2b(utf8, digest_size=8, key=b"split %d" % rule.seed).digest()
     u, total = int.from_bytes(digest, "little") / 2**64, 0.0
     for split, share in rule.fractions.items():
         total += share

@@ -1,19 +1,17 @@
-"""The commands, end to end: what they write, what they refuse, and what a kill or a full disk leaves behind."""
+"""The commands, end to end: what they write and what they refuse."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
 import itertools
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from data_prep import build_shards, show_shards, train_tokenizer, verify_shards
+from data_prep import build_shards, merge_shards, show_shards, train_tokenizer, verify_shards
 from mamba_pretrain.data.dataset import open_split
 from mamba_pretrain.data.manifest import Manifest
 from mamba_pretrain.data.tokenizer import load_tokenizer
@@ -181,50 +179,6 @@ def run(*command: str, **options: object) -> subprocess.Popen[str]:
     )
 
 
-def test_a_killed_build_leaves_no_output_and_the_next_one_works(tmp_path: Path) -> None:
-    corpus, output = write_jsonl(tmp_path / "corpus.jsonl", make_documents(100_000)), tmp_path / "out" / "data"
-    process = run("-m", "data_prep.build_shards", str(corpus), "--tokenizer", "bytes", "--output", str(output))
-    deadline = time.monotonic() + 30
-    while not any(p.stat().st_size for p in output.parent.glob("data.tmp-*/train.bin")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert not output.exists() and len(list(output.parent.iterdir())) == 1
-    write_jsonl(corpus, make_documents(100))
-    assert build(corpus, output) == 0
-    assert list(output.parent.iterdir()) == [output]
-    assert verify_shards.main([str(output)]) == 0
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_build_told_to_end_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    corpus, output = write_jsonl(tmp_path / "corpus.jsonl", make_documents(100_000)), tmp_path / "out" / "data"
-    process = run("-m", "data_prep.build_shards", str(corpus), "--tokenizer", "bytes", "--output", str(output))
-    deadline = time.monotonic() + 30
-    while not any(output.parent.glob("data.tmp-*/train.bin")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(number)
-    assert process.communicate()[1] == ""
-    assert process.returncode == 128 + number
-    assert list(output.parent.iterdir()) == []
-
-
-def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
-    corpus, output = write_jsonl(tmp_path / "corpus.jsonl", make_documents(30_000)), tmp_path / "out" / "data"
-    limited = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20));"
-        "from data_prep.build_shards import main; sys.exit(main(sys.argv[1:]))"
-    )
-    process = run("-c", limited, str(corpus), "--tokenizer", "bytes", "--output", str(output))
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "the disk is full: File too large" in error
-    assert "MB, which are removed again" in error and "MB are free" in error and "make room" in error
-    assert error.count("\n") == 1
-    assert list(output.parent.iterdir()) == []
-
-
 def test_verify_lists_problems_and_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = make_dataset(tmp_path / "data")
     assert verify_shards.main([str(dataset)]) == 0
@@ -333,7 +287,7 @@ def test_neither_file_of_a_tokenizer_is_replaced_unasked(
     assert (tmp_path / name).read_bytes() != b"precious"
 
 
-COMMANDS = ["adopt_shards", "build_shards", "show_shards", "train_tokenizer", "verify_shards"]
+COMMANDS = ["adopt_shards", "build_shards", "merge_shards", "show_shards", "train_tokenizer", "verify_shards"]
 
 
 def test_the_commands_never_import_torch() -> None:
