@@ -21,7 +21,7 @@ from mamba_pretrain.data.shards import ShardError
 from tests.helpers.corpora import make_dataset
 
 SEQ_LEN = 128
-KEYS = ("input_ids", "labels", "seq_idx", "samples")
+KEYS = ("input_ids", "labels", "seq_idx", "samples", "sources", "padding")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_batches_have_the_promised_shapes_and_types(dataset: WindowDataset) -> N
         "input_ids": ((4, SEQ_LEN), torch.int64),
         "labels": ((4, SEQ_LEN), torch.int64),
         "seq_idx": ((4, SEQ_LEN), torch.int32),
-        "samples": ((4,), torch.int64),
+        **{key: ((4,), torch.int64) for key in ("samples", "sources", "padding")},
     }
 
 
