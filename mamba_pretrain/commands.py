@@ -63,8 +63,9 @@ def _shaped_config(arguments: argparse.Namespace) -> Config:
     config = resolved(arguments)
     if config.train.init_from is not None:
         config.model = read_pretrained(Path(config.train.init_from)).config
-    if config.model.vocab_size is None and config.data.path is not None and Path(config.data.path).is_dir():
-        _, manifest = open_split(config.data.path, config.data.train_split)
+    paths = [str(source.path) for source in config.data.named_sources if Path(str(source.path)).is_dir()]
+    if config.model.vocab_size is None and paths:
+        _, manifest = open_split(paths[0], config.data.train_split)
         config.model.vocab_size = manifest.tokenizer.vocab_size
     return config
 
@@ -81,7 +82,7 @@ def run_eval_perplexity(arguments: argparse.Namespace) -> None:
     trained_on = source.run.data if source.run else DataConfig()
     verify_up_to(arguments.data, [arguments.split], trained_on.verify_gib)
     protocols = ["documents", "windows"] if arguments.protocol == "both" else [arguments.protocol]
-    seq_len = trained_on.seq_len if arguments.window is None else arguments.window
+    seq_len = trained_on.longest_seq_len if arguments.window is None else arguments.window
     if "windows" in protocols and n_windows(shard, seq_len) == 0:
         reason = f"{shard.path} has {shard.n_tokens:,} tokens: no window of {seq_len:,} and one more to predict"
         if arguments.protocol == "windows":

@@ -267,6 +267,11 @@ class Config:
             )
         return plans
 
+    def samples_at(self, step: int) -> int:
+        """Samples of the first `step` steps."""
+        plan = [plan for plan in self.stages if plan.first_step <= step][-1]
+        return plan.first_sample + (step - plan.first_step) * plan.sequences_per_step
+
     def accumulation(self, world: int) -> int:
         """Micro-batches per rank in one optimizer step, in all stages."""
         return self.sequences_per_step // (self.train.micro_batch_size * world)

@@ -175,9 +175,7 @@ class Mixture:
 
     def tokens_at(self, sample: int) -> int:
         """Tokens of the run's first `sample` samples."""
-        return sum(
-            sum(taken) * stage.seq_len for stage, taken in zip(self.stages, self.taken(sample), strict=True)
-        )
+        return sum(sum(taken) * stage.seq_len for stage, taken in zip(self.stages, self.taken(sample), strict=True))
 
     def left_over(self, samples: int) -> list[int]:
         """Tokens of each source that a stage of shorter rows leaves of its last coarse row when it ends."""

@@ -41,7 +41,7 @@ def test_batches_have_the_promised_shapes_and_types(dataset: WindowDataset) -> N
         "input_ids": ((4, SEQ_LEN), torch.int64),
         "labels": ((4, SEQ_LEN), torch.int64),
         "seq_idx": ((4, SEQ_LEN), torch.int32),
-        **{key: ((4,), torch.int64) for key in ("samples", "sources", "padding")},
+        **dict.fromkeys(("samples", "sources", "padding"), ((4,), torch.int64)),
     }
 
 
