@@ -135,9 +135,6 @@ def build(config: Config, ranks: Ranks = ALONE) -> Run:
         ranks,
         {
             **_flat(asdict(config), without=("data.path", "data.verify_gib", "data.sources")),
-            "data.sources": [
-                (s.name, s.weight, s.max_epochs) for s in config.data.named_sources if config.data.sources
-            ],
             **_data_facts(config, reading),
             "the checkpoint to start from": _name_and_hash(resume_from),
             "the code of mamba_pretrain": code_digest(),
@@ -311,8 +308,9 @@ def _restore(run: Run, path: Path) -> None:
 
 
 def _data_facts(config: Config, reading: Reading) -> dict[str, str]:
+    """Of the sources all but their paths, which may differ from host to host."""
     splits = [split for split in (config.data.train_split, config.data.validation_split) if split]
-    found = {}
+    found = {f"the weight of {s.name}": str((s.weight, s.max_epochs)) for s in config.data.sources}
     for source in reading.sources:
         of = f" of {source.name}" if len(reading.sources) > 1 else ""
         for split in splits:

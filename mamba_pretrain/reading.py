@@ -1,4 +1,4 @@
-"""What a run reads: opens its datasets, lays out which rows of them it takes, and holds that against what is allowed."""
+"""What a run reads: opens its datasets, lays out which rows of them it takes, and holds that to what is allowed."""
 
 from __future__ import annotations
 
@@ -148,8 +148,8 @@ class Reading:
                 raise ConfigError(
                     [
                         f"data.stages[{current + 1}] begins with step {plans[current + 1].first_step} and sample "
-                        f"{plans[current + 1].first_sample}, which steps of {size} from step {step}, sample {sample} on "
-                        "do not meet: keep the run's train.batch_tokens"
+                        f"{plans[current + 1].first_sample}, which steps of {size} from step {step}, sample {sample} "
+                        "on do not meet: keep the run's train.batch_tokens"
                     ]
                 )
         end = max(sample, sample + config.samples_at(config.steps) - config.samples_at(step))

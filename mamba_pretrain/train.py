@@ -200,9 +200,8 @@ def _evaluate_if_due(run: Run, sinks: Sinks, watch: Watch) -> None:
         )
         for name, shard in scored.items()
     }
-    loss = sum(result.nats for result in results.values()) / (
-        sum(result.tokens for result in results.values()) or math.nan
-    )
+    nats, tokens = (sum(getattr(result, name) for result in results.values()) for name in ("nats", "tokens"))
+    loss = nats / tokens if tokens else math.nan
     figures = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
     if len(run.reading.sources) > 1:
         figures |= {f"loss/{name}": result.nats_per_token for name, result in results.items()}

@@ -1,4 +1,4 @@
-"""Which tokens a run reads: one dataset or several, their weights, and stages in which weights and row length change."""
+"""Which tokens a run reads: one dataset or several with weights, and stages in which weights and row length change."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class DataConfig:
         before: dict[str, Optional[float]] = {str(s.name): s.weight for s in self.named_sources}
         found = []
         for stage in self.stages or [StageConfig()]:
-            before = before | stage.weights
+            before = {**before, **stage.weights}
             found.append(before)
         return found
 
@@ -105,11 +105,12 @@ class DataConfig:
             elif i > 0 and stage.from_tokens <= self.stages[i - 1].from_tokens:
                 yield f"{where}.from_tokens is {stage.from_tokens}: it must be above that of the stage before it"
             if i == 0 and stage.seq_len not in (None, self.seq_len):
-                yield f"{where}.seq_len is {stage.seq_len}, data.seq_len {self.seq_len}: the first stage's is data.seq_len"
+                yield f"{where}.seq_len is {stage.seq_len}, not data.seq_len ({self.seq_len}), the first stage's: drop it"
             yield from at_least(1, stage, where, "seq_len")
             for name, weight in stage.weights.items():
                 if name not in names:
-                    yield f"{where}.weights names {name}: {did_you_mean(name, names) if names else 'no source is named'}"
+                    hint = did_you_mean(name, names) if names else "no source is named"
+                    yield f"{where}.weights names {name}: {hint}"
                 if not 0 <= weight < math.inf:
                     yield f"{where}.weights.{name} is {weight}: it must be a number of at least 0"
         for i, weights in enumerate(self.weights if names else ()):

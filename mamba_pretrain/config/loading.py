@@ -105,7 +105,7 @@ def from_dict(values: dict[Any, Any], *, problems: Sequence[str] = (), world: in
     known = dict(_schema(Config))
     sections = {f.name for f in fields(Config) if f.default is MISSING}
     leaves = {k: v for k, v in _leaves(values) if not (v is None and k in sections)}  # an empty section is no mistake
-    unread = set()
+    unread: set[str] = set()
     variant = leaves.get("model.variant")
     if variant is not None and str(variant) not in VARIANTS:
         problems.append(f"model.variant is {variant!r}: {did_you_mean(str(variant), list(VARIANTS))}")

@@ -45,14 +45,14 @@ class MixedRows:
         first = int(sources[0])
         if (sources == first).all():
             return self._of(stage, first).read(rows)
-        wide, tall = (len(rows), self.mixture.stages[stage].seq_len), len(rows)
+        wide = (len(rows), self.mixture.stages[stage].seq_len)
         ids, labels, seq_idx = np.empty(wide, np.int64), np.empty(wide, np.int64), np.empty(wide, np.int32)
-        mixed = Block(ids, labels, seq_idx, np.empty(tall, np.int64))
+        padding = np.empty(len(rows), np.int64)
         for source in np.unique(sources).tolist():
             chosen = np.flatnonzero(sources == source)
-            for whole, part in zip(mixed, self._of(stage, source).read(rows[chosen]), strict=True):
-                whole[chosen] = part
-        return mixed
+            part = self._of(stage, source).read(rows[chosen])
+            ids[chosen], labels[chosen], seq_idx[chosen], padding[chosen] = part
+        return Block(ids, labels, seq_idx, padding)
 
     def _of(self, stage: int, source: int) -> Rows:
         rows = self.rows[stage][source]

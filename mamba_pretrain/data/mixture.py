@@ -1,14 +1,14 @@
 """Which row of which source every sample of a run is: a pure function of its number, with nothing stored on the way.
 
-A run is cut into stages, within which the sources' shares are fixed fractions with the common denominator P. One period
-of P samples is scheduled once, the next ones are like it. Item j of a source with share w may come from sample floor(j /
-w) on and is due before sample ceil((j + 1) / w); whichever of those that may come is due first comes next. This earliest
-deadline first schedule always exists (Baruah, Cohen, Plaxton and Varvel, "Proportionate progress", 1996; Tijdeman's
-chairman assignment, 1980), and it keeps every source within one sample of its share in every prefix of a stage.
+A run is cut into stages, within which the sources' shares are fixed fractions with the common denominator P. One
+period of P samples is scheduled once, the next ones are like it. Item j of a source with share w may come from sample
+floor(j / w) on and is due before sample ceil((j + 1) / w); whichever of those that may come is due first comes next.
+Such a schedule always exists (Baruah, Cohen, Plaxton and Varvel, "Proportionate progress", 1996; Tijdeman's chairman
+assignment, 1980), and it keeps every source within one sample of its share in every prefix of a stage.
 
-A source's rows are taken in the order of `order`, epoch after epoch, across all stages. Where the length of rows changes,
-that order is one of the longest, the coarse rows: a stage of shorter ones takes as many coarse rows as it needs, cuts
-them, and takes the pieces in an order of their own. Thus nothing of a source comes twice before all of it came once.
+A source's rows are taken in the order of `order`, epoch after epoch, across all stages. Where the length of rows
+changes, that order is one of the longest, the coarse rows: a stage of shorter ones takes as many coarse rows as it
+needs, cuts them, and takes the pieces in an order of their own. Thus nothing comes twice before all of it came once.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ class Schedule:
     def taken(self, samples: int) -> list[int]:
         """How many of the first `samples` are of each source."""
         periods, rest = divmod(samples, self.period)
-        return (periods * self.counts + np.bincount(self.sources[:rest], minlength=len(self.counts))).tolist()
+        partial = np.bincount(self.sources[:rest], minlength=len(self.counts))
+        return [periods * int(count) + int(more) for count, more in zip(self.counts, partial, strict=True)]
 
 
 @dataclass(frozen=True)
