@@ -27,6 +27,7 @@ from mamba_pretrain.model.describe import describe
 from mamba_pretrain.model.generate import GenerationError, generate
 from mamba_pretrain.plan.memory import peak
 from mamba_pretrain.plan.report import plan
+from mamba_pretrain.preview import preview, text
 from mamba_pretrain.train import run
 
 EXIT_UNHEALTHY = 1
@@ -56,6 +57,15 @@ def run_describe(arguments: argparse.Namespace) -> None:
 
 def run_plan(arguments: argparse.Namespace) -> None:
     print(plan(_shaped_config(arguments), arguments))
+
+
+def run_data(arguments: argparse.Namespace) -> None:
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise ConfigError([f"--json {arguments.json}: there is no directory {arguments.json.parent}"])
+    figures = preview(resolved(arguments), arguments.rows)
+    print(text(figures))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def _shaped_config(arguments: argparse.Namespace) -> Config:

@@ -25,6 +25,7 @@ ROOMS = {  # a room may import itself and what is listed here; the longest match
     "evaluate": {"model", "data", "distributed.env", "distributed.ranks", "metrics"},
     "export": {"model", "checkpoint", "config", "files", "pieces", "data.tokenizer", "distributed.engine"},
     "reading": {"config", "data"},
+    "preview": {"reading", "config", "data"},
     "build": {
         "checkpoint",
         "config",
@@ -58,6 +59,7 @@ ROOMS = {  # a room may import itself and what is listed here; the longest match
         "distributed.zero",
         "doctor",
         "plan",
+        "preview",
     },
     "cli": {
         "commands",

@@ -105,7 +105,7 @@ class DataConfig:
             elif i > 0 and stage.from_tokens <= self.stages[i - 1].from_tokens:
                 yield f"{where}.from_tokens is {stage.from_tokens}: it must be above that of the stage before it"
             if i == 0 and stage.seq_len not in (None, self.seq_len):
-                yield f"{where}.seq_len is {stage.seq_len}, not data.seq_len ({self.seq_len}), the first stage's: drop it"
+                yield f"{where}.seq_len is {stage.seq_len}, the first stage's is data.seq_len ({self.seq_len}): drop it"
             yield from at_least(1, stage, where, "seq_len")
             for name, weight in stage.weights.items():
                 if name not in names:
