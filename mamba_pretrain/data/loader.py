@@ -5,6 +5,7 @@ The state is one counter of consumed samples over all ranks, and the caller hold
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from itertools import islice
 from typing import Final
 
 import numpy as np
+import numpy.random  # torch seeds it in every loader process, each of which would import it anew
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -24,6 +26,7 @@ from mamba_pretrain.data.packing import Block, Rows, Windows
 from mamba_pretrain.data.shards import Shard, ShardError
 
 AHEAD: Final = 4096  # samples whose places are computed at once: one by one that would take longer than to read them
+AT_ONCE: Final = 1 << 16  # positions that are read at once, of as many micro-batches as that is
 
 
 class LoaderError(RuntimeError):
@@ -81,15 +84,18 @@ def batches(
     Raises ShardError for damaged data, LoaderError for a process that ended.
     """
     before = signal.getsignal(signal.SIGCHLD)
-    running = iter(
-        DataLoader(
-            _MicroBatches(dataset, micro_batch_size, first_sample + (rank - first_sample) % world, world),
-            batch_size=None,
-            num_workers=workers,
-            worker_init_fn=_leave_signals_to_parent,
-            pin_memory=torch.cuda.is_available(),
+    micro_batches = _MicroBatches(dataset, micro_batch_size, first_sample + (rank - first_sample) % world, world)
+    running: Iterator[Batch | ShardError] = iter(micro_batches)
+    if workers or torch.cuda.is_available():  # else a DataLoader only adds its own time
+        running = iter(
+            DataLoader(
+                micro_batches,
+                batch_size=None,
+                num_workers=workers,
+                worker_init_fn=_leave_signals_to_parent,
+                pin_memory=torch.cuda.is_available(),
+            )
         )
-    )
     if workers and threading.current_thread() is threading.main_thread():
         # torch's handler raises in whatever code happens to run when a worker ends; next() sees it within 5 s anyway.
         signal.signal(signal.SIGCHLD, before)
@@ -125,27 +131,41 @@ class _MicroBatches(IterableDataset[Batch | ShardError]):
                 ahead = list(islice(mine, -(-AHEAD // max(self.sizes))))
                 places = self.dataset.mixture.locate(np.concatenate(ahead))
                 begin = 0
-                for samples in ahead:
-                    end = begin + len(samples)
+                while ahead:
+                    stage = int(places.stages[begin])
+                    row_tokens = self.dataset.mixture.stages[stage].seq_len
+                    together = max(1, AT_ONCE // (row_tokens * len(ahead[0])))
+                    group = [samples for samples in ahead[:together] if samples[-1] < self._end(stage)]
+                    del ahead[: len(group)]
+                    counters = np.concatenate(group)
+                    end = begin + len(counters)
                     sources = places.sources[begin:end]
-                    block = self.dataset.read(int(places.stages[begin]), sources, places.rows[begin:end])
-                    begin = end
-                    arrays = {**block._asdict(), "samples": samples, "sources": sources}
-                    yield {name: torch.from_numpy(array) for name, array in arrays.items()}
+                    block = self.dataset.read(stage, sources, places.rows[begin:end])
+                    begin, first = end, 0
+                    arrays = {**block._asdict(), "samples": counters, "sources": sources}
+                    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+                    for samples in group:
+                        last = first + len(samples)
+                        yield {name: tensor[first:last] for name, tensor in tensors.items()}
+                        first = last
         except ShardError as error:
             yield error  # torch would wrap what a loader process raises in its traceback
 
+    def _end(self, stage: int) -> float:
+        stages = self.dataset.mixture.stages
+        return stages[stage + 1].first if stage + 1 < len(stages) else math.inf
+
     def _counters(self) -> Iterator[NDArray[np.int64]]:
         """first, first + stride, ... in arrays of the stage's size, shorter where a stage ends within one."""
-        stages, first = self.dataset.mixture.stages, self.first
+        first = self.first
         for s, size in enumerate(self.sizes):
-            end = stages[s + 1].first if s + 1 < len(stages) else None
+            end = self._end(s)
             steps = np.arange(size, dtype=np.int64) * self.stride
-            while end is None or first + int(steps[-1]) < end:
+            while first + (size - 1) * self.stride < end:
                 yield first + steps
                 first += size * self.stride
             if first < end:
-                rest = np.arange(first, end, self.stride, dtype=np.int64)
+                rest = np.arange(first, int(end), self.stride, dtype=np.int64)
                 yield rest
                 first += len(rest) * self.stride
 
