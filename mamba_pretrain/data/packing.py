@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamba_pretrain.data.dataset import open_split
+from mamba_pretrain.data.packs import HOW, Pack
 from mamba_pretrain.data.shards import Shard, ShardError
 
 IGNORE: Final = -100  # the label that torch's cross entropy leaves out
-PACKINGS: Final = ("windows", "best_fit", "documents")
+PACKINGS: Final = ("windows", *HOW)
 GROUP_TOKENS: Final = 1 << 15  # gathered at a time: 64 KiB of 2-byte tokens
 
 
@@ -50,10 +51,13 @@ def make_rows(directory: Path, split: str, *, seq_len: int, vocab_size: int, pac
     The last two need a pack, which `python -m data_prep.pack_shards` makes. Raises ShardError where there is none, or
     no row at all.
     """
-    shard, _ = open_split(directory, split)
+    if packing not in PACKINGS:
+        raise ShardError(f"packing is {packing!r}: expected one of {', '.join(PACKINGS)}")
+    shard, manifest = open_split(directory, split)
     if packing == "windows":
         return Windows(shard, seq_len, vocab_size)
-    raise ShardError(f"packing is {packing!r}: expected one of {', '.join(PACKINGS)}")
+    pack = Pack(directory, split, packing, seq_len, manifest.splits[split].files[f"{split}.idx"].sha256)
+    return Packed(shard, pack, vocab_size)
 
 
 def n_windows(shard: Shard, seq_len: int) -> int:
@@ -87,6 +91,52 @@ class Windows:
         block.labels.reshape(-1)[cuts - 1] = IGNORE
         block.seq_idx[...] = _numbered(shard, cuts, counts, block.labels.shape)
         block.padding[...] = 0
+        return block
+
+
+class Packed:
+    """Rows as a pack says: whole documents, and pieces of those that are longer than a row, padded at the end.
+
+    The label of a piece's last token is the token after it where the document goes on. Padding has id 0, no label, and
+    a number of its own in seq_idx, the row's last.
+    """
+
+    def __init__(self, shard: Shard, pack: Pack, vocab_size: int) -> None:
+        self.shard, self.pack, self.vocab_size = shard, pack, vocab_size
+        self.seq_len, self.n_rows, self.unread_tokens = pack.seq_len, pack.n_rows, pack.unread_tokens
+        if self.n_rows == 0:
+            raise ShardError(f"{shard.path} has no document of two tokens or more: there is nothing to predict")
+
+    def read(self, rows: NDArray[np.int64], out: Block | None = None) -> Block:
+        length, n_tokens = self.seq_len, self.shard.n_tokens
+        assert rows.min() >= 0 and rows.max() < self.n_rows
+        block = new_block(len(rows), length) if out is None else out
+        pieces: list[list[tuple[int, int, int]]] = []
+        cuts: list[int] = []  # where documents end, in the flat (B * L,) block
+        counts, filled = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+        for i, row in enumerate(self.pack.pieces(rows)):
+            pieces.append([])
+            column = 0
+            for start, signed in row:
+                count, goes_on = abs(signed), signed < 0
+                if not 0 <= start < start + count + goes_on <= n_tokens or column + count > length:
+                    raise ShardError(
+                        f"{self.pack.path}: row {rows[i]:,} has {count:,} tokens from {start:,} on at column {column:,} of "
+                        f"{length:,}, of a split of {n_tokens:,}: it is damaged; make it again by data_prep.pack_shards"
+                    )
+                pieces[-1].append((column, start, count + goes_on))
+                column += count
+                if not goes_on:
+                    cuts.append(i * length + column)
+                    counts[i] += 1
+            filled[i] = column
+        _read_tokens(self.shard, self.vocab_size, pieces, block)
+        ends = np.array(cuts, np.int64)
+        block.labels.reshape(-1)[ends - 1] = IGNORE
+        block.seq_idx[...] = _numbered(self.shard, ends, counts, block.labels.shape)
+        block.padding[...] = length - filled
+        for i in np.flatnonzero(block.padding).tolist():
+            block.labels[i, filled[i] :] = IGNORE
         return block
 
 
