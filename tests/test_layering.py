@@ -75,7 +75,15 @@ ROOMS = {  # a room may import itself and what is listed here; the longest match
         "plan",
         "train",
     },
-    "data_prep": {"data.dataset", "data.manifest", "data.shards", "data.writer", "data.tokenizer", "files"},
+    "data_prep": {
+        "data.dataset",
+        "data.manifest",
+        "data.packs",
+        "data.shards",
+        "data.writer",
+        "data.tokenizer",
+        "files",
+    },
     "launch": {"cli", "train", "distributed.env", "evaluate", "export", "data", "config", "checkpoint", "model"},
 }
 # Where a package is optional, or heavy and needed by one command only, it is imported when it is used.
@@ -89,6 +97,7 @@ HEAVY = {
     "data.shards": "torch",
     "data.order": "torch",
     "data.packing": "torch",
+    "data.packs": "torch",
 }
 
 
