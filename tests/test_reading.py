@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from data_prep import pack_shards
 from mamba_pretrain import train
 from mamba_pretrain.build import Run, TrainState, build
 from mamba_pretrain.checkpoint import CheckpointError
@@ -84,6 +85,20 @@ def test_records_hold_the_counts_and_every_sources_loss(paths: dict[str, Path], 
     low, high = sorted([scored["loss/web"], scored["loss/code"]])
     assert low < scored["loss"] < high
     assert scored["perplexity"] == pytest.approx(math.exp(scored["loss"]))
+
+
+def test_padding_of_packed_documents_is_counted(paths: dict[str, Path], tmp_path: Path) -> None:
+    """With rows of several lengths, each length with packs of its own."""
+    for path in paths.values():
+        for length in (32, 64):
+            for how in ("best_fit", "documents"):
+                assert pack_shards.main([str(path), "--seq-len", str(length), "--how", how]) == 0
+    for how in ("best_fit", "documents"):
+        this = build(mixed_config(paths, tmp_path / how, f"data.packing={how}"))
+        advance(this, STEPS)
+        assert_adds_up(this)
+        assert this.state.padding_tokens > 0
+        assert this.identity["packing"] == how
 
 
 def test_targets_of_skipped_steps_are_counted_apart(

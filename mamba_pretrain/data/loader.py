@@ -26,7 +26,7 @@ from mamba_pretrain.data.packing import Block, Rows, Windows
 from mamba_pretrain.data.shards import Shard, ShardError
 
 AHEAD: Final = 4096  # samples whose places are computed at once: one by one that would take longer than to read them
-AT_ONCE: Final = 1 << 16  # positions that are read at once, of as many micro-batches as that is
+AT_ONCE: Final = 1 << 15  # positions that are read at once, of as many micro-batches as that is
 
 
 class LoaderError(RuntimeError):
@@ -125,31 +125,37 @@ class _MicroBatches(IterableDataset[Batch | ShardError]):
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         mine = islice(self._counters(), worker, None, workers)
+        while True:
+            # Not for all the ranks' micro-batches, nor for those of the other loader processes.
+            ahead = list(islice(mine, -(-AHEAD // max(self.sizes))))
+            places = self.dataset.mixture.locate(np.concatenate(ahead))
+            begin = 0
+            while ahead:
+                stage = int(places.stages[begin])
+                positions = len(ahead[0]) * self.dataset.mixture.stages[stage].seq_len
+                together = ahead[: max(1, AT_ONCE // positions)]
+                group = [samples for samples in together if samples[-1] < self._end(stage)]
+                del ahead[: len(group)]
+                counters = np.concatenate(group)
+                sources = places.sources[begin : begin + len(counters)]
+                block = self._read(stage, sources, places.rows[begin : begin + len(counters)])
+                begin += len(counters)
+                if isinstance(block, ShardError):
+                    yield block
+                    return
+                arrays = {**block._asdict(), "samples": counters, "sources": sources}
+                tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+                first = 0
+                for samples in group:
+                    last = first + len(samples)
+                    yield {name: tensor[first:last] for name, tensor in tensors.items()}
+                    first = last
+
+    def _read(self, stage: int, sources: NDArray[np.int64], rows: NDArray[np.int64]) -> Block | ShardError:
         try:
-            while True:
-                # Not for all the ranks' micro-batches, nor for those of the other loader processes.
-                ahead = list(islice(mine, -(-AHEAD // max(self.sizes))))
-                places = self.dataset.mixture.locate(np.concatenate(ahead))
-                begin = 0
-                while ahead:
-                    stage = int(places.stages[begin])
-                    row_tokens = self.dataset.mixture.stages[stage].seq_len
-                    together = max(1, AT_ONCE // (row_tokens * len(ahead[0])))
-                    group = [samples for samples in ahead[:together] if samples[-1] < self._end(stage)]
-                    del ahead[: len(group)]
-                    counters = np.concatenate(group)
-                    end = begin + len(counters)
-                    sources = places.sources[begin:end]
-                    block = self.dataset.read(stage, sources, places.rows[begin:end])
-                    begin, first = end, 0
-                    arrays = {**block._asdict(), "samples": counters, "sources": sources}
-                    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-                    for samples in group:
-                        last = first + len(samples)
-                        yield {name: tensor[first:last] for name, tensor in tensors.items()}
-                        first = last
+            return self.dataset.read(stage, sources, rows)
         except ShardError as error:
-            yield error  # torch would wrap what a loader process raises in its traceback
+            return error  # torch would wrap what a loader process raises in its traceback
 
     def _end(self, stage: int) -> float:
         stages = self.dataset.mixture.stages
