@@ -88,8 +88,8 @@ class Windows:
         positions, counts = shard.document_starts_in(rows * length + 1, length)
         # In the flat (B * L,) block; a document that begins just behind a row cuts where the next row begins anyway.
         cuts = positions + (np.arange(0, block.labels.size, length) - starts).repeat(counts)
-        block.labels.reshape(-1)[cuts - 1] = IGNORE
         block.seq_idx[...] = _numbered(shard, cuts, counts, block.labels.shape)
+        block.labels.reshape(-1)[cuts - 1] = IGNORE
         block.padding[...] = 0
         return block
 
@@ -121,8 +121,9 @@ class Packed:
                 count, goes_on = abs(signed), signed < 0
                 if not 0 <= start < start + count + goes_on <= n_tokens or column + count > length:
                     raise ShardError(
-                        f"{self.pack.path}: row {rows[i]:,} has {count:,} tokens from {start:,} on at column {column:,} of "
-                        f"{length:,}, of a split of {n_tokens:,}: it is damaged; make it again by data_prep.pack_shards"
+                        f"{self.pack.path}: row {rows[i]:,} has {count:,} tokens from {start:,} on at column "
+                        f"{column:,} of {length:,}, of a split of {n_tokens:,}: it is damaged; make it again by "
+                        "data_prep.pack_shards"
                     )
                 pieces[-1].append((column, start, count + goes_on))
                 column += count
