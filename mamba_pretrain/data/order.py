@@ -58,9 +58,7 @@ def window_at(sample: int, n_windows: int, seed: int) -> tuple[int, int]:
     return epoch, permute(position, n_windows, keys(seed, epoch))
 
 
-def windows_at(
-    samples: NDArray[np.int64], n_windows: int, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def windows_at(samples: NDArray[np.int64], n_windows: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(epochs, windows) of many samples (n,) at once: what window_at says of each, in a fraction of the time."""
     epochs, positions = np.divmod(samples.astype(np.int64, copy=False), n_windows)
     windows = np.empty_like(positions)

@@ -14,6 +14,7 @@ from mamba_pretrain.data.shards import Shard, ShardError
 
 IGNORE: Final = -100  # the label that torch's cross entropy leaves out
 PACKINGS: Final = ("windows", *HOW)
+READ_TOKENS: Final = 1 << 17  # a call's worth, as many as keep the call itself from counting
 GROUP_TOKENS: Final = 1 << 15  # gathered at a time: 64 KiB of 2-byte tokens
 
 
@@ -37,10 +38,11 @@ class Rows(Protocol):
     unread_tokens: int  # of the split, in no row
 
     def read(self, rows: NDArray[np.int64], out: Block | None = None) -> Block:
-        """The rows of these numbers (B,), each in range(n_rows), in fresh arrays or in those of `out` (B rows).
+        """The rows of these numbers (B,), each in range(n_rows).
 
-        Many rows at once take less time than one by one, and memory that was used before less than new. Raises
-        ShardError for a token outside the vocabulary: on the GPU it would be an illegal memory access without a name.
+        One call for some READ_TOKENS takes much less time than one for each row. ids and labels are written over those
+        of `out` (B rows), if it is given: memory that is in the cache is faster still. Raises ShardError for a token
+        outside the vocabulary: on the GPU it would be an illegal memory access without a name.
         """
         ...
 
@@ -83,15 +85,13 @@ class Windows:
         starts = [row * length for row in rows.tolist()]
         assert min(starts) >= 0 and max(starts) < self.n_rows * length
         pieces = [[(0, start, length + 1)] for start in starts]
-        block = new_block(len(starts), length) if out is None else out
-        _read_tokens(shard, self.vocab_size, pieces, block)
+        input_ids, labels = _read_tokens(shard, self.vocab_size, pieces, length, out)
         positions, counts = shard.document_starts_in(rows * length + 1, length)
         # In the flat (B * L,) block; a document that begins just behind a row cuts where the next row begins anyway.
-        cuts = positions + (np.arange(0, block.labels.size, length) - starts).repeat(counts)
-        block.labels.reshape(-1)[cuts - 1] = IGNORE
-        block.seq_idx[...] = _numbered(shard, cuts, counts, block.labels.shape)
-        block.padding[...] = 0
-        return block
+        cuts = positions + (np.arange(0, labels.size, length) - starts).repeat(counts)
+        seq_idx = _numbered(shard, cuts, counts, length)
+        labels.reshape(-1)[cuts - 1] = IGNORE
+        return Block(input_ids, labels, seq_idx, np.zeros(len(starts), np.int64))
 
 
 class Packed:
@@ -110,7 +110,6 @@ class Packed:
     def read(self, rows: NDArray[np.int64], out: Block | None = None) -> Block:
         length, n_tokens = self.seq_len, self.shard.n_tokens
         assert rows.min() >= 0 and rows.max() < self.n_rows
-        block = new_block(len(rows), length) if out is None else out
         pieces: list[list[tuple[int, int, int]]] = []
         cuts: list[int] = []  # where documents end, in the flat (B * L,) block
         counts, filled = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
@@ -121,8 +120,9 @@ class Packed:
                 count, goes_on = abs(signed), signed < 0
                 if not 0 <= start < start + count + goes_on <= n_tokens or column + count > length:
                     raise ShardError(
-                        f"{self.pack.path}: row {rows[i]:,} has {count:,} tokens from {start:,} on at column {column:,} of "
-                        f"{length:,}, of a split of {n_tokens:,}: it is damaged; make it again by data_prep.pack_shards"
+                        f"{self.pack.path}: row {rows[i]:,} has {count:,} tokens from {start:,} on at column "
+                        f"{column:,} of {length:,}, of a split of {n_tokens:,}: it is damaged; make it again by "
+                        "data_prep.pack_shards"
                     )
                 pieces[-1].append((column, start, count + goes_on))
                 column += count
@@ -130,14 +130,13 @@ class Packed:
                     cuts.append(i * length + column)
                     counts[i] += 1
             filled[i] = column
-        _read_tokens(self.shard, self.vocab_size, pieces, block)
+        input_ids, labels = _read_tokens(self.shard, self.vocab_size, pieces, length, out)
         ends = np.array(cuts, np.int64)
-        block.labels.reshape(-1)[ends - 1] = IGNORE
-        block.seq_idx[...] = _numbered(self.shard, ends, counts, block.labels.shape)
-        block.padding[...] = length - filled
-        for i in np.flatnonzero(block.padding).tolist():
-            block.labels[i, filled[i] :] = IGNORE
-        return block
+        labels.reshape(-1)[ends - 1] = IGNORE
+        padding = length - filled
+        for i in np.flatnonzero(padding).tolist():
+            labels[i, filled[i] :] = IGNORE
+        return Block(input_ids, labels, _numbered(self.shard, ends, counts, length), padding)
 
 
 def window(
@@ -148,23 +147,19 @@ def window(
     return input_ids[0], labels[0], seq_idx[0]
 
 
-def new_block(n_rows: int, seq_len: int) -> Block:
-    """Memory for a block, not yet filled."""
-    # One piece for all of it, which the C library keeps for the next block: new pages cost more than reading does.
-    memory = np.empty(20 * n_rows * seq_len, np.uint8)
-    wide, narrow = memory[: 16 * n_rows * seq_len].view(np.int64), memory[16 * n_rows * seq_len :].view(np.int32)
-    input_ids, labels = wide.reshape(2, n_rows, seq_len)
-    return Block(input_ids, labels, narrow.reshape(n_rows, seq_len), np.empty(n_rows, np.int64))
-
-
-def _read_tokens(shard: Shard, vocab_size: int, rows: list[list[tuple[int, int, int]]], block: Block) -> None:
+def _read_tokens(
+    shard: Shard, vocab_size: int, rows: list[list[tuple[int, int, int]]], seq_len: int, out: Block | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """input_ids and labels (B, L) of rows that are given as pieces: (column, first token, number of tokens).
 
     A row has L + 1 columns, those without a token are 0. Raises ShardError for a token outside the vocabulary.
     """
-    input_ids, labels, _, _ = block
-    assert input_ids.shape[0] == len(rows)
-    seq_len = input_ids.shape[1]
+    if out is None:
+        # One allocation, which the C library keeps for the next block: new pages would cost more than reading does.
+        input_ids, labels = np.empty((2, len(rows), seq_len), np.int64)
+    else:
+        input_ids, labels = out.input_ids, out.labels
+        assert input_ids.shape == labels.shape == (len(rows), seq_len)
     stored, group = shard.stored, max(GROUP_TOKENS // seq_len, 1)
     unsigned = np.dtype(f"<u{shard.dtype.itemsize}")  # of which negative ids are the largest
     may_exceed = shard.dtype != unsigned or vocab_size < 1 << 8 * unsigned.itemsize
@@ -188,25 +183,27 @@ def _read_tokens(shard: Shard, vocab_size: int, rows: list[list[tuple[int, int, 
             )
         input_ids[first : first + group] = tokens[:, :-1]
         labels[first : first + group] = tokens[:, 1:]
+    return input_ids, labels
 
 
 def _numbered(
-    shard: Shard, cuts: NDArray[np.int64], counts: NDArray[np.int64], shape: tuple[int, ...]
+    shard: Shard, cuts: NDArray[np.int64], counts: NDArray[np.int64], seq_len: int
 ) -> NDArray[np.int32]:
     """seq_idx (B, L): how many of a row's cuts, counts (B,) of them, lie at or before each position.
 
     `cuts` are positions in the flat (B * L,) block, ascending.
     """
-    n_rows, seq_len = shape
-    n = cuts.size + n_rows
-    row = np.arange(n_rows)
-    firsts = counts.cumsum() - counts + row  # of each row's segments: one more than it has cuts
-    edges = np.empty(n + 1, np.int64)
-    edges[np.arange(cuts.size) + (row + 1).repeat(counts)] = cuts
-    edges[firsts], edges[n] = row * seq_len, n_rows * seq_len
-    numbers = np.arange(n, dtype=np.int32) - firsts.astype(np.int32).repeat(counts + 1)
+    segments = counts + 1  # of each row
+    row = np.arange(len(counts))
+    firsts = segments.cumsum() - segments
+    edges = np.empty(cuts.size + row.size + 1, np.int64)
+    edges[np.arange(1, cuts.size + 1) + row.repeat(counts)] = cuts
+    edges[firsts] = row * seq_len
+    edges[-1] = row.size * seq_len
+    numbers = np.arange(edges.size - 1, dtype=np.int32)
+    numbers -= firsts.astype(np.int32).repeat(segments)
     try:
-        return numbers.repeat(edges[1:] - edges[:-1]).reshape(shape)
+        return numbers.repeat(edges[1:] - edges[:-1]).reshape(-1, seq_len)
     except ValueError as error:  # a negative count
         raise ShardError(
             f"{shard.path}.idx: documents are not one after the other; the index is damaged, see python -m "

@@ -124,7 +124,8 @@ class Pack:
     def problems(self) -> Iterator[str]:
         """Whether the contents have the hash in the header. Reads everything, in bounded memory."""
         digests = [hashlib.sha256() for _ in range(3)]
-        for digest, values in zip(digests, (self.starts, self.lengths, self.rows), strict=True):
+        sections: tuple[NDArray[Any], ...] = self.starts, self.lengths, self.rows
+        for digest, values in zip(digests, sections, strict=True):
             for first in range(0, len(values), BLOCK_BYTES // 8):
                 digest.update(values[first : first + BLOCK_BYTES // 8].tobytes())
         if _combined(digests) != self._sha256:

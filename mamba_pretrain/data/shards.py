@@ -113,11 +113,11 @@ class Shard:
     @cached_property
     def _pointers_view(self) -> memoryview[int]:
         # Numbers of a memoryview are read in a tenth of the time that those of an array take.
-        return memoryview(self._pointers.view(np.uint8)).cast("q")
+        return self._pointers.view(np.uint8).data.cast("q")
 
     @cached_property
     def _index_view(self) -> memoryview[int]:
-        return memoryview(self._document_index.view(np.uint8)).cast("q")
+        return self._document_index.view(np.uint8).data.cast("q")
 
     @cached_property
     def _stride(self) -> int:
@@ -169,7 +169,7 @@ class Shard:
         return self.document_starts_in(np.array([start]), stop - start)[0]
 
     def document_starts_in(self, starts: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """document_starts(start, start + length) of each of `starts` (n,): all of them in one array, and (n,) counts."""
+        """document_starts(start, start + length) of each of `starts` (n,): all in one array, and how many (n,)."""
         if self.n_documents > RESIDENT:
             found = [self._search(start, start + length) for start in starts.tolist()]
             counts = np.array([len(positions) for positions in found], np.int64)
@@ -182,7 +182,8 @@ class Shard:
     @cached_property
     def _starts(self) -> NDArray[np.int64]:
         """Where documents begin, in memory."""
-        return np.unique(self.document_edges(0, self.n_documents)[:-1])  # foreign documents may be empty
+        edges = self.document_edges(0, self.n_documents)
+        return edges[:-1][edges[1:] > edges[:-1]]  # foreign documents may be empty
 
     def _search(self, start: int, stop: int) -> list[int]:
         """document_starts by bisection over the mapped offsets as they are, in 4 us and a page or two of the file.
@@ -204,7 +205,7 @@ class Shard:
             document = bisect_left(index, first, 0, self.n_documents)
             after = bisect_left(index, last, document, self.n_documents)
             found = [pointers[sequence] for sequence in index[document:after].tolist()]
-        return sorted({pointer // size for pointer in found})
+        return list(dict.fromkeys(pointer // size for pointer in found))  # foreign documents may be empty
 
     def document_edges(self, first: int, stop: int) -> NDArray[np.int64]:
         """Where documents [first, stop) begin, and where the last of them ends: (stop - first + 1,) token positions.
