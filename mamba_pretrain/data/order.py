@@ -3,7 +3,7 @@
 Position p of epoch e is window permute(p, n, keys(seed, e)), so a run resumes anywhere, on any number of ranks, from
 one counter. Unbalanced Feistel network over the smallest power of two that holds n (Black and Rogaway, "Ciphers with
 arbitrary finite domains", 2002: cycle walking), with the splitmix64 finaliser (Steele, Lea and Flood, 2014) as the
-round function. About 6 us a sample in plain Python.
+round function. About 6 us a sample in plain Python, a few tenths of one where a thousand are asked for together.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import hashlib
 import struct
 from functools import lru_cache
 from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 ORDER_VERSION: Final = 1  # part of every checkpoint: raise it with any change that alters the order
 ROUNDS: Final = 8
@@ -53,3 +56,43 @@ def window_at(sample: int, n_windows: int, seed: int) -> tuple[int, int]:
     """(epoch, window) of the run's sample number `sample`, counted from 0 over all ranks and epochs."""
     epoch, position = divmod(sample, n_windows)
     return epoch, permute(position, n_windows, keys(seed, epoch))
+
+
+def windows_at(samples: NDArray[np.int64], n_windows: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(epochs, windows) of many samples (n,) at once: what window_at says of each, in a fraction of the time."""
+    epochs, positions = np.divmod(samples.astype(np.int64, copy=False), n_windows)
+    windows = np.empty_like(positions)
+    for epoch in np.unique(epochs).tolist():
+        chosen = epochs == epoch
+        windows[chosen] = permute_many(positions[chosen], n_windows, keys(seed, epoch))
+    return epochs, windows
+
+
+def permute_many(positions: NDArray[np.int64], n: int, round_keys: tuple[int, ...]) -> NDArray[np.int64]:
+    """permute() of each of `positions` (m,)."""
+    assert 0 < n <= 1 << 62
+    bits = (n - 1).bit_length()
+    low_bits = np.uint64(bits // 2)
+    low_mask, high_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << bits - bits // 2) - 1)
+    images = np.empty(positions.shape, np.int64)
+    walking = np.arange(positions.size)  # those whose image is still outside range(n)
+    x = positions.astype(np.uint64)
+    while walking.size:
+        low, high = x & low_mask, x >> low_bits
+        for i in range(0, ROUNDS, 2):
+            high ^= _mix_many(low ^ np.uint64(round_keys[i])) & high_mask
+            low ^= _mix_many(high ^ np.uint64(round_keys[i + 1])) & low_mask
+        x = high << low_bits | low
+        inside = x < np.uint64(n)
+        images[walking[inside]] = x[inside]
+        walking, x = walking[~inside], x[~inside]
+    return images
+
+
+def _mix_many(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)  # modulo 2**64, as arrays of uint64 multiply
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x

@@ -26,8 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mamba_pretrain.data.packing import IGNORE, n_windows
-from mamba_pretrain.data.packing import window as read_window
+from mamba_pretrain.data.packing import IGNORE, Windows, n_windows
 from mamba_pretrain.data.shards import Shard
 from mamba_pretrain.data.tokenizer import Tokenizer
 from mamba_pretrain.distributed.env import DTYPES, autocast
@@ -216,14 +215,15 @@ def evaluate_windows(
     device = next(model.parameters()).device if device is None else device
     nats = torch.zeros((), dtype=torch.float64, device=device)
     tokens = 0
+    windows = Windows(shard, seq_len, vocab_size)
     chosen = [i * available // count for i in range(count)]
     mine = chosen[ranks.rank :: ranks.world]
     with _evaluating(model, precision, device):
         # A sharded model is gathered by all ranks together, so each takes as many batches as the one with most windows.
         for first in range(0, -(-count // ranks.world), batch):
             own = mine[first : first + batch]
-            rows = [read_window(shard, i, seq_len, vocab_size=vocab_size) for i in own or chosen[:1]]
-            ids, labels, seq_idx = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+            block = windows.read(np.array(own or chosen[:1]))
+            ids, labels, seq_idx = (torch.from_numpy(part) for part in block[:3])
             if not own:
                 labels.fill_(IGNORE)
             progress()

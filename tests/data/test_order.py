@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
-from mamba_pretrain.data.order import keys, permute, window_at
+from mamba_pretrain.data.order import keys, permute, window_at, windows_at
 
 GOLDEN = [(0, 4), (0, 3), (0, 5), (0, 7), (0, 2), (0, 6), (0, 0), (0, 9), (0, 1), (0, 8), (1, 7), (1, 5)]
 
@@ -56,3 +57,19 @@ def test_neighbours_are_spread_evenly() -> None:
 def test_small_sizes_reach_every_order(n: int) -> None:
     first = [window_at(epoch * n, n, 0)[1] for epoch in range(600)]
     assert min(first.count(window) for window in range(n)) > 600 / n * 0.7
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 255, 256, 257, 10_007, 10**12, 2**61 + 1, 2**62 - 1, 2**62])
+def test_many_at_once_are_what_each_is_alone(n: int) -> None:
+    for seed in (0, 3, -7, 2**70):
+        later = [3 * n, 3 * n + 1, 3 * n + 2] if n < 2**60 else []  # counters are 64-bit
+        samples = np.array([0, 1, 2, 5, 39, n // 3, n // 3 + 1, n - n // 2, n - 1, *later])
+        epochs, windows = windows_at(samples, n, seed)
+        assert (epochs.dtype, windows.dtype) == (np.int64, np.int64)
+        due = [window_at(sample, n, seed) for sample in samples.tolist()]
+        assert list(zip(epochs.tolist(), windows.tolist(), strict=True)) == due
+
+
+def test_none_at_once() -> None:
+    epochs, windows = windows_at(np.zeros(0, np.int64), 10, 0)
+    assert len(epochs) == len(windows) == 0

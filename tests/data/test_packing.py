@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+import resource
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,63 +13,182 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mamba_pretrain.data.packing import IGNORE, n_windows, window
-from mamba_pretrain.data.shards import Shard, ShardError
-from mamba_pretrain.data.writer import ShardWriter
-
-
-def shard_of(directory: Path, documents: list[list[int]], vocab_size: int = 100) -> Shard:
-    with ShardWriter(directory / "train", vocab_size=vocab_size) as writer:
-        for tokens in documents:
-            writer.append(np.array(tokens))
-    return Shard(directory / "train")
+from mamba_pretrain.data import packing, shards
+from mamba_pretrain.data.packing import IGNORE, Windows, make_rows, n_windows, window
+from mamba_pretrain.data.shards import HEADER, MAGIC, VERSION, Shard, ShardError
+from tests.helpers.rows import assert_equal, dataset_of, foreign_shard, numbered, shard_of, windows_of
 
 
 def test_documents_are_numbered_within_the_window_and_do_not_predict_each_other(tmp_path: Path) -> None:
-    shard = shard_of(tmp_path, [[1, 2, 3], [4], [5, 6, 7, 8], [9, 10]])
-    assert n_windows(shard, 4) == 2
-    input_ids, labels, seq_idx = window(shard, 0, 4, vocab_size=100)
-    assert input_ids.tolist() == [1, 2, 3, 4]
-    assert labels.tolist() == [2, 3, IGNORE, IGNORE]  # 4 is a document alone, 5 belongs to the next
-    assert seq_idx.tolist() == [0, 0, 0, 1]
-    input_ids, labels, seq_idx = window(shard, 1, 4, vocab_size=100)
-    assert input_ids.tolist() == [5, 6, 7, 8]
-    assert labels.tolist() == [6, 7, 8, IGNORE]
-    assert seq_idx.tolist() == [0, 0, 0, 0]
-    assert (input_ids.dtype, labels.dtype, seq_idx.dtype) == (np.int64, np.int64, np.int32)
+    rows = Windows(shard_of(tmp_path, [[1, 2, 3], [4], [5, 6, 7, 8], [9, 10]]), 4, 100)
+    assert (rows.n_rows, rows.unread_tokens) == (2, 2)
+    block = rows.read(np.array([1, 0]))
+    assert block.input_ids.tolist() == [[5, 6, 7, 8], [1, 2, 3, 4]]
+    assert block.labels.tolist() == [[6, 7, 8, IGNORE], [2, 3, IGNORE, IGNORE]]  # 4 is a document alone
+    assert block.seq_idx.tolist() == [[0, 0, 0, 0], [0, 0, 0, 1]]
+    assert block.padding.tolist() == [0, 0]
+    assert [part.dtype for part in block] == [np.int64, np.int64, np.int32, np.int64]
+
+
+def test_one_window_alone_is_the_row(tmp_path: Path) -> None:
+    input_ids, labels, seq_idx = window(shard_of(tmp_path, [[1, 2, 3], [4, 5, 6, 7]]), 1, 3, vocab_size=100)
+    assert (input_ids.tolist(), labels.tolist(), seq_idx.tolist()) == ([4, 5, 6], [5, 6, 7], [0, 0, 0])
 
 
 def test_a_document_cut_by_a_window_goes_on_in_the_next(tmp_path: Path) -> None:
-    shard = shard_of(tmp_path, [[1, 2, 3, 4, 5, 6, 7]])
-    assert window(shard, 0, 3, vocab_size=100)[1].tolist() == [2, 3, 4]
-    assert window(shard, 1, 3, vocab_size=100)[1].tolist() == [5, 6, 7]
+    block = Windows(shard_of(tmp_path, [[1, 2, 3, 4, 5, 6, 7]]), 3, 100).read(np.array([0, 1]))
+    assert block.labels.tolist() == [[2, 3, 4], [5, 6, 7]]
 
 
 @pytest.mark.parametrize(("n_tokens", "expected"), [(1, 0), (4, 0), (5, 1), (8, 1), (9, 2)])
 def test_the_last_token_is_only_a_label(tmp_path: Path, n_tokens: int, expected: int) -> None:
-    assert n_windows(shard_of(tmp_path, [list(range(n_tokens))]), 4) == expected
+    shard = shard_of(tmp_path, [list(range(n_tokens))])
+    assert n_windows(shard, 4) == expected
+    if expected:
+        assert Windows(shard, 4, 100).unread_tokens == n_tokens - 4 * expected
+    else:
+        with pytest.raises(ShardError, match="fewer than one window of 4"):
+            Windows(shard, 4, 100)
 
 
-def test_a_token_beyond_the_vocabulary_is_named(tmp_path: Path) -> None:
-    shard = shard_of(tmp_path, [[1, 2, 3, 4, 5, 99, 7]])
-    window(shard, 0, 3, vocab_size=50)
-    with pytest.raises(ShardError, match=r"train\.bin has token id 99 at position 5, the vocabulary has 50"):
-        window(shard, 1, 3, vocab_size=50)
+@pytest.mark.parametrize("seq_len", [3, packing.GROUP_TOKENS])
+def test_a_token_beyond_the_vocabulary_is_named(tmp_path: Path, seq_len: int) -> None:
+    """In rows that are gathered, and in rows so long that they are read one by one."""
+    tokens = np.arange(3 * seq_len) % 50
+    tokens[2 * seq_len - 1] = 99
+    rows = Windows(shard_of(tmp_path, [tokens.tolist()]), seq_len, 50)
+    rows.read(np.array([0]))
+    with pytest.raises(ShardError, match=rf"train\.bin has token id 99 at position {2 * seq_len - 1:,}, the .* 50"):
+        rows.read(np.array([0, 1]))
+
+
+@pytest.mark.parametrize("code", [2, 3, 4, 5])
+def test_a_negative_token_is_named(tmp_path: Path, code: int) -> None:
+    rows = Windows(foreign_shard(tmp_path, [[1, 2, 3, -4, 5, 6, 7]], [0, 1], code), 3, 100)
+    with pytest.raises(ShardError, match=r"token id -4 at position 3"):
+        rows.read(np.array([1]))
+
+
+@pytest.mark.parametrize(("code", "vocab_size"), [(1, 256), (8, 65_536)])
+def test_a_vocabulary_of_the_whole_dtype_lets_every_token_pass(tmp_path: Path, code: int, vocab_size: int) -> None:
+    shard = foreign_shard(tmp_path, [[0, 1, vocab_size - 1, 0]], [0, 1], code)
+    assert Windows(shard, 3, vocab_size).read(np.array([0])).input_ids.tolist() == [[0, 1, vocab_size - 1]]
+    with pytest.raises(ShardError, match=f"token id {vocab_size - 1} at position 2"):
+        Windows(shard, 3, vocab_size - 1).read(np.array([0]))
 
 
 @settings(deadline=None, max_examples=60)
-@given(documents=st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=12), min_size=1), seq_len=st.integers(1, 9))
-def test_windows_in_a_row_are_the_stream(documents: list[list[int]], seq_len: int) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        shard = shard_of(Path(directory), documents)
-        rows = [window(shard, i, seq_len, vocab_size=100) for i in range(n_windows(shard, seq_len))]
-    stream = [token for tokens in documents for token in tokens]
-    owner = [j for j, tokens in enumerate(documents) for _ in tokens]
-    used = len(rows) * seq_len
-    assert [int(t) for row in rows for t in row[0]] == stream[:used]
-    assert [int(t) for row in rows for t in row[1]] == [
-        stream[t + 1] if owner[t] == owner[t + 1] else IGNORE for t in range(used)
-    ]
-    for i, row in enumerate(rows):
-        begin = i * seq_len
-        assert row[2].tolist() == [owner[begin + t] - owner[begin] for t in range(seq_len)]
+@given(
+    documents=st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=12), min_size=1),
+    seq_len=st.integers(1, 9),
+    resident=st.booleans(),
+    group=st.sampled_from([1, 4, 20, 1 << 15]),
+    data=st.data(),
+)
+def test_rows_are_the_stream_however_they_are_read(
+    documents: list[list[int]], seq_len: int, resident: bool, group: int, data: st.DataObject
+) -> None:
+    ids, labels, numbers = windows_of(documents, seq_len)
+    if not len(ids):
+        return
+    rows = np.array(data.draw(st.lists(st.integers(0, len(ids) - 1), min_size=1, max_size=12)))
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "RESIDENT", 1 << 20 if resident else 0)
+        patch.setattr(shards, "LANDMARKS", 3)
+        patch.setattr(packing, "GROUP_TOKENS", group)
+        windows = Windows(shard_of(Path(directory), documents), seq_len, 100)
+        assert_equal(windows.read(rows), ids[rows], labels[rows], numbers[rows])
+        before = windows.read(rows[::-1].copy())
+        again = windows.read(rows, before)
+        assert again.input_ids is before.input_ids and again.labels is before.labels
+        assert_equal(again, ids[rows], labels[rows], numbers[rows])
+        assert not again.padding.any()
+
+
+@pytest.mark.parametrize("resident", [0, 1 << 20])
+@pytest.mark.parametrize(
+    ("sequences", "index", "documents"),
+    [
+        ([[1, 2], [3], [4, 5, 6], [7]], [0, 2, 4], [[1, 2, 3], [4, 5, 6, 7]]),
+        ([[1, 2], [3], [4, 5, 6], [7]], [0, 2, 2, 4, 4], [[1, 2, 3], [4, 5, 6, 7]]),  # as many documents as sequences
+        ([[1, 2], [], [3], [], [], [4, 5, 6, 7]], [0, 1, 2, 3, 4, 5, 6], [[1, 2], [3], [4, 5, 6, 7]]),
+        ([[], [1, 2, 3], [4, 5, 6, 7], []], [0, 0, 1, 2, 4], [[1, 2, 3], [4, 5, 6, 7]]),
+    ],
+)
+def test_documents_of_several_sequences_or_of_none(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sequences: list[list[int]],
+    index: list[int],
+    documents: list[list[int]],
+    resident: int,
+) -> None:
+    monkeypatch.setattr(shards, "RESIDENT", resident)
+    shard = foreign_shard(tmp_path, sequences, index)
+    for seq_len in (1, 2, 3, 6):
+        ids, labels, numbers = windows_of(documents, seq_len)
+        rows = Windows(shard, seq_len, 100)
+        assert_equal(rows.read(np.arange(rows.n_rows)), ids, labels, numbers)
+
+
+@pytest.mark.parametrize("resident", [0, 1 << 20])
+def test_an_index_that_runs_backwards_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resident: int
+) -> None:
+    monkeypatch.setattr(shards, "RESIDENT", resident)
+    shard = shard_of(tmp_path, numbered([2, 3, 4, 5, 6, 7]))
+    with (tmp_path / "train.idx").open("rb+") as stream:
+        stream.seek(HEADER.size + 4 * 6 + 8 * 2)
+        stream.write(np.array([20, 9, 15], "<i8").tobytes())
+    with pytest.raises(ShardError, match="index is damaged"):
+        Windows(shard, 26, 100).read(np.array([0]))
+
+
+def test_rows_by_name(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path / "data", numbered([5, 6, 7]))
+    rows = make_rows(dataset, "train", seq_len=4, vocab_size=100, packing="windows")
+    assert rows.read(np.array([1])).input_ids.tolist() == [[5, 6, 7, 8]]
+    again = pickle.loads(pickle.dumps(rows))
+    assert (again.n_rows, again.read(np.array([1])).labels.tolist()) == (4, [[IGNORE, 7, 8, 9]])
+    assert len(pickle.dumps(rows)) < 1000
+    with pytest.raises(ShardError, match="packing is 'bestfit': expected one of windows, best_fit, documents"):
+        make_rows(dataset, "train", seq_len=4, vocab_size=100, packing="bestfit")
+
+
+def test_a_trillion_tokens_open_at_once_in_little_memory(tmp_path: Path) -> None:
+    """The files are holes, except where a row is read: 2 TB of tokens, 20 GB of index."""
+    n_documents, size = 10**9, 1000
+    n_tokens = n_documents * size
+    with (tmp_path / "train.idx").open("wb") as stream:
+        stream.write(HEADER.pack(MAGIC, VERSION, 8, n_documents, n_documents + 1))
+        pointers = HEADER.size + 4 * n_documents
+        index = pointers + 8 * n_documents
+        stream.truncate(index + 8 * (n_documents + 1))
+        stride = -(-n_documents // shards.LANDMARKS)
+        known = {n_documents - 1, *range(0, n_documents, stride), *range(7 * stride, 7 * stride + 9)}
+        # The search for row 0 of the seventh stride bisects between two landmarks.
+        low, high = 7 * stride, 8 * stride
+        while low < high:
+            known.add(middle := (low + high) // 2)
+            high = middle
+        known |= set(range(7 * stride, 7 * stride + 20))
+        for document in sorted(known):
+            stream.seek(pointers + 8 * document)
+            stream.write(np.array([2 * size * document], "<i8").tobytes())
+            stream.seek(index + 8 * document)
+            stream.write(np.array([document], "<i8").tobytes())
+        stream.seek(HEADER.size + 4 * (n_documents - 1))
+        stream.write(np.array([size], "<i4").tobytes())
+        stream.seek(index + 8 * n_documents)
+        stream.write(np.array([n_documents], "<i8").tobytes())
+    with (tmp_path / "train.bin").open("wb") as stream:
+        stream.truncate(2 * n_tokens)
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    rows = Windows(Shard(tmp_path / "train"), 2048, 50_277)
+    first = -(-7 * stride * size // 2048)
+    block = rows.read(np.array([first]))
+    assert time.perf_counter() - began < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+    assert rows.n_rows == (n_tokens - 1) // 2048
+    starts = [at for at in range(1, 2048) if (first * 2048 + at) % size == 0]
+    assert np.flatnonzero(np.diff(block.seq_idx[0])).tolist() == [at - 1 for at in starts]

@@ -1,9 +1,14 @@
-"""Packed documents give what each gives alone: convolution, scan and whole model, in values and in all gradients."""
+"""Packed documents give what each gives alone: convolution, scan and whole model, in values and in all gradients.
+
+So do the rows of a pack, with their padding and with documents that are longer than a row.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +19,7 @@ from mamba_pretrain.config import ModelConfig
 from mamba_pretrain.model.lm import MambaLM
 from mamba_pretrain.ops.causal_conv1d import causal_conv1d
 from mamba_pretrain.ops.selective_scan import CHUNK, selective_scan
+from tests.helpers.rows import numbered, packed, shard_of
 
 LAYOUTS = {
     "shorter than the convolution": [1, 2, 3, 1, 1, 5, 3, 2, 1],
@@ -126,3 +132,36 @@ def test_convolution_and_scan(layout: str) -> None:
         for j, s in enumerate(spans)
     ]
     torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("how", ["best_fit", "documents"])
+def test_rows_of_a_pack(tmp_path: Path, how: str) -> None:
+    """Loss and gradients are those of the pieces alone, and do not depend on what the padding holds."""
+    length, lengths = 16, [5, 16, 1, 17, 40, 3, 2, 12, 33, 9]
+    documents = numbered(lengths)
+    rows = packed(shard_of(tmp_path, documents, 200), length, how, 200)
+    block = rows.read(np.arange(rows.n_rows))
+    assert block.padding.any()
+    model = MambaLM(ModelConfig(d_model=12, n_layer=3, vocab_size=200, d_state=4), seed=0).double()
+    parameters = list(model.parameters())
+    ids, labels, seq_idx = (torch.from_numpy(part) for part in block[:3])
+
+    due = []
+    for tokens in documents:
+        for first in range(0, len(tokens), length):
+            piece, after = tokens[first : first + length], tokens[first + length : first + length + 1] or [IGNORE]
+            due.append(model(torch.tensor([piece]), torch.tensor([[*piece[1:], *after]])).loss_sum)
+    alone = torch.stack(due).sum()
+    assert int((labels != IGNORE).sum()) == sum(n - 1 for n in lengths)
+    alone_grads = torch.autograd.grad(alone, parameters)
+
+    gradients = []
+    for filler in (0, 199):
+        filled = ids.clone()
+        for row, padding in enumerate(block.padding.tolist()):
+            filled[row, length - padding :] = filler
+        loss = model(filled, labels, seq_idx).loss_sum
+        torch.testing.assert_close(loss, alone, rtol=1e-12, atol=1e-12)
+        gradients.append(torch.autograd.grad(loss, parameters))
+        torch.testing.assert_close(gradients[-1], alone_grads, rtol=1e-12, atol=1e-11)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-13)
