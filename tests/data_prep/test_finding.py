@@ -112,7 +112,7 @@ def test_what_is_not_on_s3_is_named(s3: str, name: str, reason: str) -> None:
 
 
 def test_an_object_that_changes_or_goes_while_it_is_read_is_named(s3: str) -> None:
-    files = fsspec.filesystem("s3")
+    files = fsspec.filesystem("s3", skip_instance_cache=True)  # another's: ours is not told of what it writes
     files.pipe("bucket/moving/a.jsonl", jsonl_bytes(DOCUMENTS))
     corpus = Corpus([f"{s3}/moving"])
     units = corpus.units(2000)
@@ -138,7 +138,7 @@ def test_a_corpus_at_urls_is_read_in_another_process(s3: str) -> None:
     units = corpus.units(1 << 20)
     twin = pickle.loads(pickle.dumps(corpus))
     assert [r.text for unit in units for r in twin.records(unit)] == DOCUMENTS
-    assert len(pickle.dumps(corpus)) < 600
+    assert corpus._sizes and not twin._sizes  # which are what grows with the listing, and units carry them
 
 
 def test_a_web_server_with_ranges_is_read_by_units(s3: str) -> None:
