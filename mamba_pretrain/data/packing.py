@@ -186,9 +186,7 @@ def _read_tokens(
     return input_ids, labels
 
 
-def _numbered(
-    shard: Shard, cuts: NDArray[np.int64], counts: NDArray[np.int64], seq_len: int
-) -> NDArray[np.int32]:
+def _numbered(shard: Shard, cuts: NDArray[np.int64], counts: NDArray[np.int64], seq_len: int) -> NDArray[np.int32]:
     """seq_idx (B, L): how many of a row's cuts, counts (B,) of them, lie at or before each position.
 
     `cuts` are positions in the flat (B * L,) block, ascending.

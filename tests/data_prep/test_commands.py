@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import build_shards, merge_shards, show_shards, train_tokenizer, verify_shards
+from data_prep import build_shards, show_shards, train_tokenizer, verify_shards
 from mamba_pretrain.data.dataset import open_split
 from mamba_pretrain.data.manifest import Manifest
 from mamba_pretrain.data.tokenizer import load_tokenizer

@@ -103,15 +103,21 @@ void cross_entropy(const LossArgs& a) {
     for (; i < V; i++) largest = to_float(row[i]) > largest ? to_float(row[i]) : largest;
     vf sums = {};
     float tail = 0;
-    for (i = 0; i + LANES <= V; i += LANES) sums += expv(load(row + i) - largest);
+    for (i = 0; i + LANES <= V;) {  // in blocks: a sum of thousands one by one loses digits
+      vf block = {};
+      for (const int64_t end = min64(i + 64 * LANES, V - LANES + 1); i < end; i += LANES)
+        block += expv(load(row + i) - largest);
+      sums += block;
+    }
     for (; i < V; i++) tail += expv(splat(to_float(row[i]) - largest))[0];
     const float total = sum(sums) + tail, at_label = to_float(row[label]);
     const float log_sum = (total == total ? logv(splat(total))[0] : total) + largest;  // logv takes no NaN
     a.loss[r] = log_sum - at_label;
     if (!a.gradient) continue;
-    for (i = 0; i + LANES <= V; i += LANES) store(row + i, expv(load(row + i) - log_sum));
-    for (; i < V; i++) from_float(row + i, expv(splat(to_float(row[i]) - log_sum))[0]);
-    from_float(row + label, expv(splat(at_label - log_sum))[0] - 1.0f);
+    const float scale = 1.0f / total;  // log_sum is rounded at its own size, some twenty times that of 1
+    for (i = 0; i + LANES <= V; i += LANES) store(row + i, expv(load(row + i) - largest) * scale);
+    for (; i < V; i++) from_float(row + i, expv(splat(to_float(row[i]) - largest))[0] * scale);
+    from_float(row + label, expv(splat(at_label - largest))[0] * scale - 1.0f);
     memset(row + V, 0, (a.columns - V) * sizeof(X));
   }
 }
