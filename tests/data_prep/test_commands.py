@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import itertools
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import build_shards, merge_shards, show_shards, train_tokenizer, verify_shards
+from data_prep import build_shards, show_shards, train_tokenizer, verify_shards
 from mamba_pretrain.data.dataset import open_split
 from mamba_pretrain.data.manifest import Manifest
 from mamba_pretrain.data.tokenizer import load_tokenizer
@@ -293,7 +294,7 @@ def test_the_commands_never_import_torch() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_teaches_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    module = sys.modules[f"data_prep.{name}"]
+    module = importlib.import_module(f"data_prep.{name}")
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
     assert stop.value.code == 0
