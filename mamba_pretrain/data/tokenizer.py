@@ -167,7 +167,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self._join(ids) == utf8
 
     def _join(self, ids: Sequence[int]) -> bytes:
-        joined = b"".join(map(self._bytes.__getitem__, ids))
+        table = self._bytes
+        joined = b"".join([table[i] for i in ids])
         return joined.removeprefix(b" ") if self._dummy_prefix else joined
 
 
@@ -241,7 +242,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def _join(self, ids: Sequence[int]) -> bytes:
         if self._bytes is None:  # not byte-level: only the library knows how its pieces join
             return str(self._model.decode(list(ids), skip_special_tokens=True)).encode()
-        return b"".join(map(self._bytes.__getitem__, ids))
+        return b"".join([self._bytes[i] for i in ids])
 
     def save(self, directory: Path) -> None:
         super().save(directory)

@@ -143,6 +143,18 @@ def test_a_disk_that_fills_up_is_named_and_room_lets_it_go_on(
     assert n > 3 and contents(output) == expected
 
 
+def test_the_slurm_script_makes_parts_of_its_task(tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(300))
+    slurm = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_CPUS_PER_TASK": "1"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", "slurm/prep_array.sbatch", str(tmp_path / "data"), str(corpus), "--tokenizer", "bytes"]
+    options = {"cwd": ROOT, "text": True, "capture_output": True, "env": {**os.environ, **slurm, "PATH": path}}
+    found = subprocess.run([*command, "--unit-bytes", "5000"], **options)  # type: ignore[call-overload]
+    assert found.returncode == 0, found.stderr
+    made = {part.stem for part in (tmp_path / "data.work").glob("[0-9]*.json")}
+    assert "task 1/2: its " in found.stdout and made == {"000001", "000003", "000005"}
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     """Of the parent and of the largest worker, for a corpus and one of four times the documents."""
