@@ -1,4 +1,4 @@
-"""Which row a sample is follows from its number alone, keeps to the shares, and repeats nothing before an epoch's end."""
+"""Which row a sample is follows from its number alone, keeps to the shares, and repeats nothing within an epoch."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_place_of_a_sample_does_not_depend_on_which_others_are_asked_for() -
 
 
 def test_nothing_of_a_source_comes_twice_before_all_of_it_came_once() -> None:
-    """In units of the shortest rows. What stages of shorter rows leave of their last coarse row is all that is missing."""
+    """Counted in the shortest rows. Only what stages of shorter rows leave of their last coarse row is missing."""
     mixed, n, unit = mixture(*STAGES), 700, 16
     places = mixed.locate(np.arange(n))
     seen: dict[tuple[int, int], list[int]] = defaultdict(list)
