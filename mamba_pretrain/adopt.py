@@ -10,14 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mamba_pretrain import checkpoint
-from mamba_pretrain.build import TrainState, identity, open_data, resolve_model
+from mamba_pretrain.build import TrainState, identity, resolve_model
 from mamba_pretrain.checkpoint import CheckpointError
 from mamba_pretrain.config import Config, ConfigError, TrainConfig, load
-from mamba_pretrain.data.packing import n_windows
 from mamba_pretrain.distributed.engine import MODEL, OPTIMIZER
 from mamba_pretrain.export import deepspeed
 from mamba_pretrain.export.deepspeed import Universal
 from mamba_pretrain.pieces import write_pieces
+from mamba_pretrain.reading import Reading, open_reading
 
 log = logging.getLogger("mamba_pretrain")
 
@@ -33,7 +33,7 @@ def import_deepspeed(
     config = None if not paths and all(word.startswith("model.") for word in words) else load(paths, words)
     if samples is not None and samples < 0:
         raise ConfigError([f"--samples is {samples}: it must be at least 0"])
-    if config is not None and config.data.path is not None:
+    if config is not None and config.data.named_sources:
         return _import_run(source, target, config, samples, overwrite)
     if samples is not None:
         raise ConfigError(["--samples is of a run that goes on: name its dataset with data.path too"])
@@ -62,7 +62,8 @@ def _import_run(source: Path, run_dir: Path, config: Config, samples: int | None
     directory = run_dir / "checkpoints"
     if (held := checkpoint.checkpoints(directory)) and not overwrite:
         raise CheckpointError(f"{run_dir} holds checkpoints up to {held[-1].name}: choose another run directory")
-    train, _, manifest, tokenizer = open_data(config)
+    reading = open_reading(config)
+    manifest, tokenizer = reading.manifest, reading.tokenizer
     config = dataclasses.replace(config, run_dir=str(run_dir), model=resolve_model(config.model, None, manifest))
     with deepspeed.opened(source, run_dir) as found:
         found.fit(config.model)
@@ -73,11 +74,11 @@ def _import_run(source: Path, run_dir: Path, config: Config, samples: int | None
                 "directory"
             )
         found.say_what_changes(config.optim)
-        state = _state(found, config, samples, n_windows(train, config.data.seq_len))
+        state = _state(found, config, samples, reading)
         facts = {
             "kind": "checkpoint",
             "step": state.step,
-            "identity": identity(config, manifest),
+            "identity": identity(config, reading, state.samples),
             "engine": deepspeed.DEEPSPEED,
             "ranks": found.ranks,
             "tokenizer": asdict(manifest.tokenizer),
@@ -98,14 +99,18 @@ def _import_run(source: Path, run_dir: Path, config: Config, samples: int | None
     return target
 
 
-def _state(found: Universal, config: Config, samples: int | None, windows: int) -> TrainState:
+def _state(found: Universal, config: Config, samples: int | None, reading: Reading) -> TrainState:
     """Where the run goes on. DeepSpeed does not know the data: without better word, as if every step had been ours."""
     if samples is None:
         samples = found.samples
     if samples is None:
-        samples = found.step * config.sequences_per_step
+        samples = config.samples_at(found.step)
     counted = found.states.get("global_samples")
     if counted is not None and counted != samples:
         log.warning("the data goes on at sample %d, DeepSpeed counted %d: --samples N says otherwise", samples, counted)
-    log.info("step %d, sample %d (of %d in an epoch)", found.step, samples, windows)
-    return TrainState(found.step, samples, samples * config.data.seq_len, samples // windows)
+    epoch, tokens = reading.epoch(samples), reading.source_tokens(samples)
+    log.info("step %d, sample %d, epoch %d", found.step, samples, epoch)
+    reading.check(config, found.step, samples)
+    by_source = tokens if len(tokens) > 1 else {}
+    read = sum(tokens.values())
+    return TrainState(found.step, samples, read, epoch, uncounted_tokens=read, source_tokens=by_source)

@@ -16,12 +16,8 @@ from mamba_pretrain import checkpoint
 from mamba_pretrain import config as config_module
 from mamba_pretrain.checkpoint import CheckpointError
 from mamba_pretrain.config import Config, ConfigError, ModelConfig
-from mamba_pretrain.data.dataset import open_split, verify_up_to
 from mamba_pretrain.data.manifest import Manifest
-from mamba_pretrain.data.order import ORDER_VERSION
-from mamba_pretrain.data.packing import n_windows
-from mamba_pretrain.data.shards import Shard
-from mamba_pretrain.data.tokenizer import Tokenizer, dataset_tokenizer, load_tokenizer
+from mamba_pretrain.data.tokenizer import load_tokenizer
 from mamba_pretrain.distributed.agreement import agree, code_digest
 from mamba_pretrain.distributed.engine import MODEL, OPTIMIZER, OPTIONAL, Engine, Values
 from mamba_pretrain.distributed.engines import make_engine
@@ -35,6 +31,7 @@ from mamba_pretrain.model.lm import MambaLM
 from mamba_pretrain.ops import dispatch
 from mamba_pretrain.ops.selfcheck import self_check
 from mamba_pretrain.pieces import PiecesError
+from mamba_pretrain.reading import Reading, open_reading, table
 
 log = logging.getLogger("mamba_pretrain")
 
@@ -44,9 +41,40 @@ class TrainState:
     """All of a run's progress that is not a tensor."""
 
     step: int = 0  # optimizer steps, skipped ones included
-    samples: int = 0  # windows consumed by all ranks; the position in the data
-    tokens: int = 0
-    epoch: int = 0
+    samples: int = 0  # rows consumed by all ranks; the position in the data
+    tokens: int = 0  # positions of those rows: the sum of the following
+    epoch: int = 0  # whole ones, of the source that was read most often
+    trained_tokens: int = 0  # targets of the steps that were taken
+    skipped_tokens: int = 0  # targets of those that were skipped
+    masked_tokens: int = 0  # without a target, as the next token belongs to another document or row
+    padding_tokens: int = 0  # positions that hold no token
+    uncounted_tokens: int = 0  # before the run came here, from a version or a program that did not count
+    source_tokens: dict[str, int] = field(default_factory=dict)  # of `tokens`, where there are several sources
+
+    @classmethod
+    def read(cls, checkpoint_directory: Path) -> TrainState:
+        path = checkpoint_directory / checkpoint.STATE
+        try:
+            values = json.loads(path.read_text())
+            if "trained_tokens" not in values:
+                values["uncounted_tokens"] = values["tokens"]
+            return cls(**values)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error!r}): resume from another checkpoint") from error
+
+    def count(self, tokens: int, targets: int, padding: int, by_source: dict[str, int], *, skipped: bool) -> None:
+        """Adds what one step read."""
+        self.tokens += tokens
+        self.trained_tokens += 0 if skipped else targets
+        self.skipped_tokens += targets if skipped else 0
+        self.padding_tokens += padding
+        self.masked_tokens += tokens - targets - padding
+        for name, n in by_source.items():
+            self.source_tokens[name] = self.source_tokens.get(name, 0) + n
+
+    def figures(self) -> dict[str, int]:
+        values = asdict(self)
+        return values | {f"tokens/{name}": n for name, n in values.pop("source_tokens").items()}
 
 
 @dataclass
@@ -56,10 +84,7 @@ class Run:
     config: Config  # with what the data and the weights settled filled in
     engine: Engine
     state: TrainState
-    train: Shard
-    validation: Shard | None
-    manifest: Manifest
-    tokenizer: Tokenizer
+    reading: Reading
     device: torch.device
     ranks: Ranks = ALONE
     kernels: dict[str, str] = field(default_factory=dict)  # which backend each op is trained on
@@ -71,19 +96,13 @@ class Run:
     @property
     def identity(self) -> dict[str, Any]:
         """What may not change between a checkpoint and the run that goes on from it."""
-        return identity(self.config, self.manifest)
+        return identity(self.config, self.reading, self.state.samples)
 
 
-def identity(config: Config, manifest: Manifest) -> dict[str, Any]:
-    """`Run.identity`, of the run that `config` (its model resolved) would be on the dataset of `manifest`."""
-    return {
-        "model": {k: v for k, v in asdict(config.model).items() if k != "variant"},
-        "data": manifest.fingerprint(config.data.train_split),
-        "seq_len": config.data.seq_len,
-        "reset_documents": config.data.reset_documents,
-        "seed": config.train.seed,
-        "order_version": ORDER_VERSION,
-    }
+def identity(config: Config, reading: Reading, sample: int) -> dict[str, Any]:
+    """`Run.identity`, of the run that `config` (its model resolved) would be after `sample` samples."""
+    model = {k: v for k, v in asdict(config.model).items() if k != "variant"}
+    return {"model": model, **reading.identity(config, sample)}
 
 
 def build(config: Config, ranks: Ranks = ALONE) -> Run:
@@ -96,8 +115,10 @@ def build(config: Config, ranks: Ranks = ALONE) -> Run:
         device = resolve_device(config.train.device, ranks.local_rank)
         check_precision(config.train.precision, device)
         dispatch.select(config.train.kernels)
-        train, validation, manifest, tokenizer = open_data(config)
+        reading = open_reading(config)
+        manifest = reading.manifest
         resume_from = _resume_from(config)
+        state = TrainState() if resume_from is None else TrainState.read(resume_from)
         known = None
         if config.train.init_from is not None and resume_from is None:
             source = read_pretrained(Path(config.train.init_from))
@@ -106,11 +127,15 @@ def build(config: Config, ranks: Ranks = ALONE) -> Run:
         elif config.train.init_from is not None and resume_from is not None:
             known = ModelConfig(**checkpoint.read_manifest(resume_from)["identity"]["model"])
         config = dataclasses.replace(config, model=resolve_model(config.model, known, manifest))
+        if resume_from is not None:
+            _check_identity(resume_from, config, reading, state)
+        end = reading.check(config, state.step, state.samples)
+    log.info("%s", table(reading.figures(end)))
     agree(
         ranks,
         {
-            **_flat(asdict(config), without=("data.path", "data.verify_gib")),
-            **{f"the data ({split})": manifest.fingerprint(split) for split in _splits(config)},
+            **_flat(asdict(config), without=("data.path", "data.verify_gib", "data.sources")),
+            **_data_facts(config, reading),
             "the checkpoint to start from": _name_and_hash(resume_from),
             "the code of mamba_pretrain": code_digest(),
             "torch": torch.__version__,
@@ -138,7 +163,7 @@ def build(config: Config, ranks: Ranks = ALONE) -> Run:
         return model
 
     engine = make_engine(make_model, values, config, device, ranks)
-    run = Run(config, engine, TrainState(), train, validation, manifest, tokenizer, device, ranks)
+    run = Run(config, engine, state, reading, device, ranks)
     run.kernels = _announce_kernels(run)
     if resume_from is not None:
         _restore(run, resume_from)
@@ -161,26 +186,6 @@ def _announce_kernels(run: Run) -> dict[str, str]:
     return dispatch.announce(
         run.device.type, dtype, d_state=model.d_state, taps=model.d_conv, inner=model.d_inner, packed=packed
     )
-
-
-def open_data(config: Config) -> tuple[Shard, Shard | None, Manifest, Tokenizer]:
-    data = config.data
-    if data.path is None:
-        raise ConfigError(["data.path is not set: name a directory made by python -m data_prep.build_shards"])
-    wanted = None if data.tokenizer is None else load_tokenizer(data.tokenizer).sha256
-    train, manifest = open_split(data.path, data.train_split, tokenizer_sha256=wanted)
-    validation = open_split(data.path, data.validation_split)[0] if data.validation_split is not None else None
-    verify_up_to(data.path, [split for split in (data.train_split, data.validation_split) if split], data.verify_gib)
-    for split, shard in (("train", train), ("validation", validation)):
-        if shard is not None and n_windows(shard, data.seq_len) == 0:
-            cure = ", or data.validation_split=null" if split == "validation" else ""
-            raise ConfigError(
-                [
-                    f"{shard.path} has {shard.n_tokens:,} tokens, fewer than one window of {data.seq_len:,} and its "
-                    f"last label: use more data, a shorter data.seq_len{cure}"
-                ]
-            )
-    return train, validation, manifest, dataset_tokenizer(data.path, manifest)
 
 
 def resolve_model(given: ModelConfig, known: ModelConfig | None, manifest: Manifest) -> ModelConfig:
@@ -253,10 +258,10 @@ def _resume_from(config: Config) -> Path | None:
     return path
 
 
-def _restore(run: Run, path: Path) -> None:
-    """Fills engine and state, after the proof that this is the same training on the same data."""
-    manifest = checkpoint.verify(path, run.ranks)
-    saved, current = _flat(manifest["identity"]), _flat(run.identity)
+def _check_identity(path: Path, config: Config, reading: Reading, state: TrainState) -> None:
+    """Raises CheckpointError unless `config` goes on with the same training on the same data."""
+    manifest = checkpoint.read_manifest(path)
+    saved, current = _flat(manifest["identity"]), _flat(identity(config, reading, state.samples))
     changed = [
         f"{k} was {saved.get(k)!r}, is {current.get(k)!r}" for k in current | saved if saved.get(k) != current.get(k)
     ]
@@ -265,13 +270,20 @@ def _restore(run: Run, path: Path) -> None:
             f"{path} is of another run, and going on would not be the same training: {'; '.join(changed)}. "
             "Undo the change, or start a new run_dir from these weights with train.init_from"
         )
+    if len(reading.sources) > 1 and not state.source_tokens:
+        state.source_tokens = reading.source_tokens(state.samples)
+
+
+def _restore(run: Run, path: Path) -> None:
+    """Fills the engine, and says what is not as it was. `_check_identity` was before."""
+    manifest = checkpoint.verify(path, run.ranks)
     world = manifest.get("ranks", 1)
     if world != run.ranks.world:
         log.warning("resuming on %d ranks what was saved on %d: losses will agree to rounding", run.ranks.world, world)
     before, now = asdict(config_module.load([path / checkpoint.CONFIG])), asdict(run.config)
-    for part in ("train", "optim"):
+    for part in ("train", "optim", "data"):
         for key, value in now[part].items():
-            if before[part][key] != value:
+            if before[part][key] != value and (part != "data" or key in ("sources", "stages")):
                 log.warning("resuming with another %s.%s: was %s, is %s", part, key, before[part][key], value)
     for op, backend in manifest.get("kernels", {}).items():
         if run.kernels.get(op) != backend:
@@ -289,15 +301,22 @@ def _restore(run: Run, path: Path) -> None:
         except PiecesError as error:
             raise CheckpointError(f"{path} cannot be resumed from: {error}") from error
     run.engine.load(parts)
-    run.state = TrainState(**json.loads((path / checkpoint.STATE).read_text()))
     log.info("resumed from %s", path)
     if run.state.step >= run.config.steps:
         finished = "nothing is left to do" if run.state.step == run.config.steps else "the run is longer than asked for"
         log.warning("%s is at step %d of %d: %s", path, run.state.step, run.config.steps, finished)
 
 
-def _splits(config: Config) -> list[str]:
-    return [split for split in (config.data.train_split, config.data.validation_split) if split]
+def _data_facts(config: Config, reading: Reading) -> dict[str, str]:
+    """Of the sources all but their paths, which may differ from host to host."""
+    splits = [split for split in (config.data.train_split, config.data.validation_split) if split]
+    found = {f"the weight of {s.name}": str((s.weight, s.max_epochs)) for s in config.data.sources}
+    for source in reading.sources:
+        of = f" of {source.name}" if len(reading.sources) > 1 else ""
+        for split in splits:
+            if split in source.manifest.splits:
+                found[f"the data ({split}{of})"] = source.manifest.fingerprint(split)
+    return found
 
 
 def _name_and_hash(path: Path | None) -> str | None:

@@ -144,6 +144,20 @@ def _parser() -> argparse.ArgumentParser:
         help="go on from the newest checkpoint, none, or this one (default: never)",
     )
 
+    data = command(
+        "data",
+        commands.run_data,
+        "What a run would read: tokens, epochs and repeats of each stage and source, what is masked or padding, the "
+        "lengths of documents. Nothing is trained or written.",
+        "mamba-pretrain data --dry-run --config configs/pretrain/130m.yaml data.path=data/pile --json reading.json",
+    )
+    configured(data)
+    data.add_argument(
+        "--dry-run", action="store_true", help="only look: the command does nothing else, so it may be left out"
+    )
+    data.add_argument("--rows", type=_count, default=4096, help="of the run's rows, drawn at random, to measure")
+    data.add_argument("--json", type=Path, help="also write every figure here")
+
     described = command(
         "describe",
         commands.run_describe,

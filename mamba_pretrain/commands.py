@@ -27,6 +27,7 @@ from mamba_pretrain.model.describe import describe
 from mamba_pretrain.model.generate import GenerationError, generate
 from mamba_pretrain.plan.memory import peak
 from mamba_pretrain.plan.report import plan
+from mamba_pretrain.preview import preview, text
 from mamba_pretrain.train import run
 
 EXIT_UNHEALTHY = 1
@@ -58,13 +59,23 @@ def run_plan(arguments: argparse.Namespace) -> None:
     print(plan(_shaped_config(arguments), arguments))
 
 
+def run_data(arguments: argparse.Namespace) -> None:
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise ConfigError([f"--json {arguments.json}: there is no directory {arguments.json.parent}"])
+    figures = preview(resolved(arguments), arguments.rows)
+    print(text(figures))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
 def _shaped_config(arguments: argparse.Namespace) -> Config:
     """With the shape of the weights to start from, and the dataset's vocabulary."""
     config = resolved(arguments)
     if config.train.init_from is not None:
         config.model = read_pretrained(Path(config.train.init_from)).config
-    if config.model.vocab_size is None and config.data.path is not None and Path(config.data.path).is_dir():
-        _, manifest = open_split(config.data.path, config.data.train_split)
+    paths = [str(source.path) for source in config.data.named_sources if Path(str(source.path)).is_dir()]
+    if config.model.vocab_size is None and paths:
+        _, manifest = open_split(paths[0], config.data.train_split)
         config.model.vocab_size = manifest.tokenizer.vocab_size
     return config
 
@@ -81,7 +92,7 @@ def run_eval_perplexity(arguments: argparse.Namespace) -> None:
     trained_on = source.run.data if source.run else DataConfig()
     verify_up_to(arguments.data, [arguments.split], trained_on.verify_gib)
     protocols = ["documents", "windows"] if arguments.protocol == "both" else [arguments.protocol]
-    seq_len = trained_on.seq_len if arguments.window is None else arguments.window
+    seq_len = trained_on.longest_seq_len if arguments.window is None else arguments.window
     if "windows" in protocols and n_windows(shard, seq_len) == 0:
         reason = f"{shard.path} has {shard.n_tokens:,} tokens: no window of {seq_len:,} and one more to predict"
         if arguments.protocol == "windows":

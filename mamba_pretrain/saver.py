@@ -57,8 +57,8 @@ class Saver:
             "identity": run.identity,
             "engine": run.config.train.engine,
             "ranks": run.ranks.world,
-            "tokenizer": asdict(run.manifest.tokenizer),
-            "adds_bos": run.manifest.adds_bos,
+            "tokenizer": asdict(run.reading.manifest.tokenizer),
+            "adds_bos": run.reading.manifest.adds_bos,
             "kernels": run.kernels,
             "config_digest": run.config.digest(),
         }
@@ -81,7 +81,7 @@ class Saver:
         self._pending = None
 
         def write_files(directory: Path) -> None:
-            self.run.tokenizer.save(directory)
+            self.run.reading.tokenizer.save(directory)
             (directory / checkpoint.STATE).write_text(state)
 
         waited = time.monotonic()

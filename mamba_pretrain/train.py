@@ -16,8 +16,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from mamba_pretrain import config as config_module
 from mamba_pretrain.build import Run, build
 from mamba_pretrain.config import Config, ConfigError
-from mamba_pretrain.data.loader import WindowDataset, batches
+from mamba_pretrain.data.loader import Batch, batches
 from mamba_pretrain.data.packing import IGNORE
 from mamba_pretrain.distributed.engine import StepResult
 from mamba_pretrain.distributed.env import EXIT_PREEMPTED, Preemption, autocast, resolve_device
@@ -118,9 +118,8 @@ def run(config: Config) -> int:
 def steps(run: Run) -> Iterator[Step]:
     """Trains to the last step, one optimizer step at a time; `run.state` is up to date at each yield."""
     config, engine, state, ranks = run.config, run.engine, run.state, run.ranks
-    dataset = WindowDataset(run.train, config.data.seq_len, config.train.seed, config.model.need("vocab_size"))
     loader = batches(
-        dataset,
+        run.reading.dataset,
         micro_batch_size=config.train.micro_batch_size,
         first_sample=state.samples,
         rank=ranks.rank,
@@ -134,29 +133,42 @@ def steps(run: Run) -> Iterator[Step]:
         micro_batches = [next(loader) for _ in range(accumulation)]
         data_seconds = time.perf_counter() - began
         # The loss is a mean over the whole batch's targets, however unevenly packing spreads them over the ranks.
-        targets = max(1, int(ranks.sum(sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches))[0]))
+        targets, padding, *by_source = map(int, ranks.sum(*_tally(run, micro_batches)))
         total = torch.zeros((), device=run.device)
         for i, batch in enumerate(micro_batches):
-            loss = _loss_sum(run, batch) / targets
+            loss = _loss_sum(run, batch) / max(1, targets)
             engine.backward(loss, last_micro_batch=i == accumulation - 1)
             total += loss.detach()
         lr = lr_at(state.step, config.steps, config.optim)
         result = engine.step(lr)
 
-        samples = range(state.samples, state.samples + config.sequences_per_step)
+        seq_len = micro_batches[0]["input_ids"].shape[1]
+        samples = range(state.samples, state.samples + config.train.batch_tokens // seq_len)
         state.step += 1
-        state.samples += config.sequences_per_step
-        state.tokens += config.train.batch_tokens
-        state.epoch = state.samples // dataset.n_windows
+        state.samples = samples.stop
+        state.epoch = run.reading.epoch(state.samples)
+        tokens_of = dict(zip([source.name for source in run.reading.sources], by_source, strict=False))
+        state.count(config.train.batch_tokens, targets, padding, tokens_of, skipped=result.skipped)
         loss_by_rank = ranks.gather(total.item()) if result.skipped else ranks.sum(total.item())
         yield Step(
             math.fsum(loss_by_rank), lr, result, samples, loss_by_rank, time.perf_counter() - began, data_seconds
         )
 
 
+def _tally(run: Run, micro_batches: Sequence[Batch]) -> list[int]:
+    """This rank's targets, padding and, where there are several sources, tokens of each."""
+    counts = [0, 0] + [0] * len(run.reading.sources)
+    for batch in micro_batches:
+        counts[0] += int((batch["labels"] != IGNORE).sum())
+        counts[1] += int(batch["padding"].sum())
+        for source in batch["sources"].tolist():
+            counts[2 + source] += batch["input_ids"].shape[1]
+    return counts if len(run.reading.sources) > 1 else counts[:2]
+
+
 def _loss_sum(run: Run, batch: dict[str, Tensor]) -> Tensor:
     """Forward pass of a micro-batch: nats summed over its target tokens."""
-    on_device = {k: v.to(run.device, non_blocking=True) for k, v in batch.items()}
+    on_device = {k: batch[k].to(run.device, non_blocking=True) for k in ("input_ids", "labels", "seq_idx")}
     seq_idx = on_device["seq_idx"] if run.config.data.reset_documents else None
     with autocast(run.config.train.precision, run.device, cache=False):
         output: LMOutput = run.engine.module(on_device["input_ids"], on_device["labels"], seq_idx, return_state=False)
@@ -168,21 +180,31 @@ def _evaluate_if_due(run: Run, sinks: Sinks, watch: Watch) -> None:
     """Scores the validation split, where there is one, every n steps and at the end."""
     config, step = run.config, run.state.step
     every = config.eval.every_steps
-    if run.validation is None or step == 0 or not (step == config.steps or (every and step % every == 0)):
+    scored = {source.name: source.validation for source in run.reading.sources if source.validation is not None}
+    if not scored or step == 0 or not (step == config.steps or (every and step % every == 0)):
         return
-    result = evaluate_windows(
-        run.engine.module,
-        run.validation,
-        seq_len=config.data.seq_len,
-        reset_documents=config.data.reset_documents,
-        batch=config.train.micro_batch_size,
-        max_windows=config.eval.max_windows,
-        precision=config.train.precision,
-        device=run.device,
-        ranks=run.ranks,
-        progress=watch.beat,
-    )
-    figures = {"loss": result.nats_per_token, "perplexity": result.perplexity}
+    # Rows of one length in all stages, the longest, so that the losses compare.
+    seq_len = config.data.longest_seq_len
+    results = {
+        name: evaluate_windows(
+            run.engine.module,
+            shard,
+            seq_len=seq_len,
+            reset_documents=config.data.reset_documents,
+            batch=config.train.micro_batch_size * config.data.seq_len // seq_len,
+            max_windows=config.eval.max_windows,
+            precision=config.train.precision,
+            device=run.device,
+            ranks=run.ranks,
+            progress=watch.beat,
+        )
+        for name, shard in scored.items()
+    }
+    nats, tokens = (sum(getattr(result, name) for result in results.values()) for name in ("nats", "tokens"))
+    loss = nats / tokens if tokens else math.nan
+    figures = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+    if len(run.reading.sources) > 1:
+        figures |= {f"loss/{name}": result.nats_per_token for name, result in results.items()}
     sinks.write({"kind": "eval", "step": step, "tokens": run.state.tokens, **figures})
 
 
@@ -203,7 +225,7 @@ class Recent:
         last = self.steps[-1]
         return {
             "kind": "train",
-            **asdict(run.state),
+            **run.state.figures(),
             "loss": sum(losses) / len(losses) if losses else math.nan,
             "lr": last.lr,
             "grad_norm": last.result.grad_norm,

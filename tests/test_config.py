@@ -60,6 +60,25 @@ def test_every_problem_is_reported_at_once_with_the_nearest_name() -> None:
         ("train.steps=12.7", "train.steps is 12.7"),
         ("data.path=${nope}", "placeholders are not filled in"),
         ("data.path=???", "placeholders are not filled in"),
+        ("data.sources=[{pth: a}]", "unknown key data.sources[0].pth: did you mean path?"),
+        ("data.sources=[{path: a, weight: much}]", "data.sources[0].weight is 'much'"),
+        ("data.sources=[{weight: 1}]", "data.sources[0].path is not set"),
+        ("data.sources=[a]", "data.sources[0] is 'a': expected {path, name, weight, max_epochs}"),
+        ("data.sources=5", "data.sources is 5: expected a list of {path"),
+        ("data.sources=[{path: a, weight: -1}]", "data.sources[0].weight is -1"),
+        ("data.sources=[{path: a, max_epochs: 0}]", "data.sources[0].max_epochs is 0"),
+        ("data.sources=[{path: x/a}, {path: y/a}]", "2 of data.sources are called 'a'"),
+        ("data.sources=[{path: a, weight: 1}, {path: b}]", "b without a weight, the others with one"),
+        ("data.sources=[{path: a, weight: 0}, {path: b, weight: 0}]", "are all 0"),
+        ("data.sources=[{path: a, weight: 0.123457}, {path: b, weight: 1}]", "the common denominator 1,123,457"),
+        ("data.packing=best-fit", "did you mean best_fit?"),
+        ("data.stages=[{from_tokens: 5}]", "the first stage begins at 0"),
+        ("data.stages=[{}, {from_tokens: 1000}, {from_tokens: 1000}]", "above that of the stage before it"),
+        ("data.stages=[{}, {from_tokens: 1000}, {from_tokens: 1001}]", "it would have no steps"),
+        ("data.stages=[{seq_len: 32}]", "data.stages[0].seq_len is 32, the first stage's is data.seq_len (64)"),
+        ("data.stages=[{}, {from_tokens: 512, seq_len: 48}]", "the row length 48 does not divide the longest, 64"),
+        ("data.stages=[{}, {from_tokens: 512, seq_len: 1024}]", "8 x 64, which rows of 1024 do not divide"),
+        ("data.stages=[{weights: {a: 1}}]", "data.stages[0].weights names a: no source is named"),
     ],
 )
 def test_impossible_values_are_refused(override: str, expected: str) -> None:
@@ -100,6 +119,35 @@ def test_later_sources_win_and_the_variant_is_below_all_of_them(tmp_path: Path) 
     second.write_text("optim: {lr: 0.25}\n")
     config = c.load([first, second], ["train.steps=7"])
     assert (config.model.d_model, config.model.n_layer, config.optim.lr, config.train.steps) == (768, 3, 0.25, 7)
+
+
+MIXTURE = """
+data:
+  sources:
+    - {path: data/web, weight: 0.7}
+    - {path: data/github, name: code, weight: 0.3, max_epochs: 4}
+  stages:
+    - {}
+    - {from_tokens: 1e3, weights: {code: 0.7}, seq_len: 128}
+    - {from_tokens: 2e3, weights: {web: 0}}
+"""
+
+
+def test_stages_keep_what_they_leave_out(tmp_path: Path) -> None:
+    (tmp_path / "mixture.yaml").write_text(MIXTURE)
+    config = c.load([tmp_path / "mixture.yaml"], [*SMALL, "train.micro_batch_size=2"])
+    first, second, third = config.stages
+    assert (first.seq_len, first.first_step, first.first_sample, first.weights) == (64, 0, 0, {"web": 0.7, "code": 0.3})
+    assert (second.seq_len, second.first_step, second.first_sample) == (128, 2, 16)
+    assert (second.micro_batch_size, second.sequences_per_step, second.weights) == (1, 4, {"web": 0.7, "code": 0.7})
+    assert (third.seq_len, third.first_step, third.first_sample, third.weights) == (128, 4, 24, {"web": 0, "code": 0.7})
+    assert [config.samples_at(step) for step in (0, 1, 2, 3, 4, 5)] == [0, 8, 16, 20, 24, 28]
+    c.save(config, tmp_path / "again.yaml")
+    assert c.load([tmp_path / "again.yaml"]) == config
+    with pytest.raises(c.ConfigError, match=r"data.stages\[1\].weights names cod: did you mean code\?"):
+        c.load([tmp_path / "mixture.yaml"], [*SMALL, "data.stages=[{}, {from_tokens: 600, weights: {cod: 1}}]"])
+    with pytest.raises(c.ConfigError, match="data.path and data.sources are both given"):
+        c.load([tmp_path / "mixture.yaml"], [*SMALL, "data.path=data/web"])
 
 
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:

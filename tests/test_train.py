@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from mamba_pretrain import checkpoint, train
-from mamba_pretrain.build import TrainState, build
+from mamba_pretrain.build import build
 from mamba_pretrain.config import ConfigError
 from mamba_pretrain.data.packing import n_windows
 from mamba_pretrain.distributed.engine import StepResult
@@ -215,10 +215,13 @@ def test_a_record_is_the_mean_of_its_good_steps(dataset: Path, tmp_path: Path) -
 
 def test_the_state_counts_samples_tokens_and_epochs(dataset: Path, tmp_path: Path) -> None:
     this = build(small_config(dataset, tmp_path, "train.steps=40"))
-    windows = n_windows(this.train, 32)
+    windows = n_windows(this.reading.sources[0].train, 32)
     for count, step in enumerate(steps(this), start=1):
         assert step.samples == range(8 * (count - 1), 8 * count)
-        assert this.state == TrainState(count, 8 * count, 256 * count, 8 * count // windows)
+        state = this.state
+        assert (state.step, state.samples, state.tokens) == (count, 8 * count, 256 * count)
+        assert state.epoch == 8 * count // windows
+        assert state.tokens == state.trained_tokens + state.masked_tokens
     assert this.state.epoch >= 1
 
 

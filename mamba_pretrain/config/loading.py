@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional, get_type_hints
+from typing import Any, Optional, get_args, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mamba_pretrain.config.options import VARIANTS, Config, ConfigError, did_you_mean
+from mamba_pretrain.config.checks import ConfigError, did_you_mean
+from mamba_pretrain.config.options import VARIANTS, Config
 
 
 def validate(config: Config, world: int | None = None) -> list[str]:
@@ -29,20 +30,8 @@ def validate(config: Config, world: int | None = None) -> list[str]:
                 problems.append(
                     f"model.{name} is not set: name a model.variant ({', '.join(VARIANTS)}) or give the number"
                 )
-    train, seq_len = config.train, config.data.seq_len
-    if train.batch_tokens >= 1 and seq_len >= 1 and train.micro_batch_size >= 1:
-        if train.batch_tokens % seq_len:
-            lower = train.batch_tokens // seq_len * seq_len
-            near = f"{lower} or {lower + seq_len}" if lower else str(seq_len)
-            problems.append(
-                f"train.batch_tokens ({train.batch_tokens}) is not a multiple of data.seq_len ({seq_len}): "
-                f"the nearest is {near}"
-            )
-        elif config.sequences_per_step % (train.micro_batch_size * (world or 1)):
-            problems.append(
-                f"train.batch_tokens / data.seq_len is {config.sequences_per_step} sequences a step, which "
-                f"train.micro_batch_size ({train.micro_batch_size}) x {world or 1} rank(s) does not divide"
-            )
+    train = config.train
+    problems += _batch_problems(config, world or 1)
     if train.engine == "single" and (world or 1) > 1:
         problems.append(
             f"train.engine is single, and this is one of {world} ranks: each would train the same model by itself. "
@@ -51,6 +40,35 @@ def validate(config: Config, world: int | None = None) -> list[str]:
     if train.engine == "fsdp" and world is not None and config.fsdp.replicas >= 1 and world % config.fsdp.replicas:
         problems.append(f"fsdp.replicas is {config.fsdp.replicas}, which does not divide the {world} ranks")
     return problems
+
+
+def _batch_problems(config: Config, world: int) -> Iterator[str]:
+    train, seq_len = config.train, config.data.seq_len
+    if min(train.batch_tokens, train.micro_batch_size, *config.data.seq_lens) < 1:
+        return
+    if train.batch_tokens % seq_len:
+        lower = train.batch_tokens // seq_len * seq_len
+        near = f"{lower} or {lower + seq_len}" if lower else str(seq_len)
+        yield (
+            f"train.batch_tokens ({train.batch_tokens}) is not a multiple of data.seq_len ({seq_len}): "
+            f"the nearest is {near}"
+        )
+        return
+    if config.sequences_per_step % (train.micro_batch_size * world):
+        yield (
+            f"train.batch_tokens / data.seq_len is {config.sequences_per_step} sequences a step, which "
+            f"train.micro_batch_size ({train.micro_batch_size}) x {world} rank(s) does not divide"
+        )
+    for longer in sorted(set(config.data.seq_lens)):
+        if train.micro_batch_size * seq_len % longer:
+            yield (
+                f"data.stages: micro-batches have as many tokens in all stages, train.micro_batch_size x data.seq_len "
+                f"= {train.micro_batch_size} x {seq_len}, which rows of {longer} do not divide"
+            )
+    begins = [-(-stage.from_tokens // train.batch_tokens) for stage in config.data.stages]
+    for i in range(1, len(begins)):
+        if begins[i] <= begins[i - 1]:
+            yield f"data.stages[{i}] begins with step {begins[i]}, as the one before it: it would have no steps"
 
 
 def load(paths: Sequence[str | Path] = (), overrides: Sequence[str] = (), *, world: int | None = None) -> Config:
@@ -87,7 +105,7 @@ def from_dict(values: dict[Any, Any], *, problems: Sequence[str] = (), world: in
     known = dict(_schema(Config))
     sections = {f.name for f in fields(Config) if f.default is MISSING}
     leaves = {k: v for k, v in _leaves(values) if not (v is None and k in sections)}  # an empty section is no mistake
-    unread = set()
+    unread: set[str] = set()
     variant = leaves.get("model.variant")
     if variant is not None and str(variant) not in VARIANTS:
         problems.append(f"model.variant is {variant!r}: {did_you_mean(str(variant), list(VARIANTS))}")
@@ -102,15 +120,15 @@ def from_dict(values: dict[Any, Any], *, problems: Sequence[str] = (), world: in
                 else f"unknown key {key}: {did_you_mean(key, list(known))}"
             )
             continue
-        if isinstance(value, float) and value.is_integer() and known[key] in (int, Optional[int]):
-            value = int(value)  # 3e11 is the natural way to write a token budget
-        try:
-            if isinstance(value, str) and ("${" in value or value == "???"):
-                raise OmegaConfBaseException("placeholders are not filled in: write the value")
-            OmegaConf.update(config, key, value)
-        except OmegaConfBaseException as error:
+        element = _element(known[key])
+        if element is not None:
+            value, wrong = _records(key, value, element)
+            unread |= wrong.keys()
+            problems += wrong.values()
+        problem = _assign(config, key, value, known[key])
+        if problem is not None:
             unread.add(key)
-            problems.append(f"{key} is {value!r}: {str(error).splitlines()[0]}")
+            problems.append(f"{key} is {value!r}: {problem}")
     result = OmegaConf.to_object(config)
     assert isinstance(result, Config), "the structured schema is Config"
     # What was not read has its default now: a problem that names it would be about a value nobody gave.
@@ -123,6 +141,46 @@ def from_dict(values: dict[Any, Any], *, problems: Sequence[str] = (), world: in
 def save(config: Config, path: str | Path) -> None:
     """Writes the resolved configuration as YAML that `load` reads back to an equal Config."""
     Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def _assign(node: Any, key: str, value: Any, kind: Any) -> str | None:
+    """Sets one option; returns what is wrong with the value, if anything."""
+    if isinstance(value, float) and value.is_integer() and kind in (int, Optional[int]):
+        value = int(value)  # 3e11 is the natural way to write a token budget
+    try:
+        if isinstance(value, str) and ("${" in value or value == "???"):
+            raise OmegaConfBaseException("placeholders are not filled in: write the value")
+        OmegaConf.update(node, key, value)
+    except OmegaConfBaseException as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def _records(key: str, value: Any, element: Any) -> tuple[list[Any], dict[str, str]]:
+    """The sections in a list, and what is wrong by name, as in data.sources[0].weight."""
+    kinds = get_type_hints(element)
+    found: list[Any] = []
+    wrong: dict[str, str] = {}
+    if not isinstance(value or [], list):
+        return [], {key: f"{key} is {value!r}: expected a list of {{{', '.join(kinds)}}}"}
+    for i, item in enumerate(value or []):
+        name = f"{key}[{i}]"
+        found.append(OmegaConf.structured(element))
+        if not isinstance(item, dict):
+            wrong[name] = f"{name} is {item!r}: expected {{{', '.join(kinds)}}}"
+            continue
+        for field, given in item.items():
+            if field not in kinds:
+                wrong[f"{name}.{field}"] = f"unknown key {name}.{field}: {did_you_mean(str(field), list(kinds))}"
+            elif (problem := _assign(found[-1], field, given, kinds[field])) is not None:
+                wrong[f"{name}.{field}"] = f"{name}.{field} is {given!r}: {problem}"
+    return found, wrong
+
+
+def _element(kind: Any) -> Any:
+    """The section that a list holds many of; None for any other type."""
+    inner = get_args(kind)
+    return inner[0] if getattr(kind, "__origin__", None) is list and is_dataclass(inner[0]) else None
 
 
 def _parts(config: Config) -> Iterator[Any]:

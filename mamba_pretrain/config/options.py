@@ -5,13 +5,15 @@ What can be computed from these fields is a property here and never a field. `lo
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Optional
+from typing import Optional
+
+from mamba_pretrain.config.checks import ConfigError, at_least, did_you_mean
+from mamba_pretrain.config.data import DataConfig, StagePlan
 
 # Shapes of the released checkpoints (state-spaces/mamba-130m ... mamba-2.8b, their config.json). Some tables in
 # circulation list 370m with 24 blocks, 790m as 1024 x 48 and 1.4b as 1536 x 48: those do not give the parameter
@@ -28,14 +30,6 @@ ENGINES = ("single", "zero", "fsdp")
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("cosine", "wsd")
 SINKS = ("console", "jsonl", "tensorboard", "wandb")
-
-
-class ConfigError(ValueError):
-    """The configuration cannot be run. `problems` holds one sentence for each reason; all of them are found at once."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = list(problems)
-        super().__init__("\n".join(f"- {p}" for p in self.problems))
 
 
 @dataclass
@@ -80,7 +74,7 @@ class ModelConfig:
 
     def problems(self) -> Iterator[str]:
         sizes = ("d_model", "n_layer", "vocab_size", "d_state", "expand", "dt_rank", "pad_vocab_to_multiple_of")
-        yield from _at_least(1, self, "model", *sizes)
+        yield from at_least(1, self, "model", *sizes)
         if not 2 <= self.d_conv <= 4:
             yield f"model.d_conv is {self.d_conv}: causal-conv1d's kernels take 2, 3 or 4"
         if self.d_state > 256:
@@ -92,22 +86,6 @@ class ModelConfig:
             )
         if self.norm_eps <= 0 or self.embedding_std <= 0:
             yield f"model.norm_eps and model.embedding_std must be above 0: found {self.norm_eps}, {self.embedding_std}"
-
-
-@dataclass
-class DataConfig:
-    path: Optional[str] = None  # a directory made by data_prep.build_shards
-    train_split: str = "train"
-    validation_split: Optional[str] = "validation"  # null: no evaluation during training
-    tokenizer: Optional[str] = None  # when given, the dataset must have been made with this very tokenizer
-    seq_len: int = 2048
-    reset_documents: bool = True  # scan and convolution start anew at each document; False: state flows across
-    workers: int = 1  # loader processes; the order of samples does not depend on it
-    verify_gib: float = 1.0  # splits up to this size are hashed against the manifest at start-up; 0: never
-
-    def problems(self) -> Iterator[str]:
-        yield from _at_least(1, self, "data", "seq_len")
-        yield from _at_least(0, self, "data", "workers", "verify_gib")
 
 
 @dataclass
@@ -136,7 +114,7 @@ class OptimConfig:
                 yield f"optim.{name} is {getattr(self, name)}: it must be at least 0 and below 1"
         if self.eps <= 0:
             yield f"optim.eps is {self.eps}: it must be above 0"
-        yield from _at_least(0, self, "optim", "weight_decay", "clip_norm")
+        yield from at_least(0, self, "optim", "weight_decay", "clip_norm")
         if self.schedule not in SCHEDULES:
             yield f"optim.schedule is {self.schedule!r}: {did_you_mean(self.schedule, SCHEDULES)}"
         elif self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
@@ -162,8 +140,8 @@ class TrainConfig:
     def problems(self) -> Iterator[str]:
         if (self.steps is None) == (self.tokens is None):
             yield f"give exactly one of train.steps and train.tokens: found {self.steps} and {self.tokens}"
-        yield from _at_least(1, self, "train", "steps", "tokens", "batch_tokens", "micro_batch_size", "max_nonfinite")
-        yield from _at_least(0, self, "train", "seed", "hang_minutes")
+        yield from at_least(1, self, "train", "steps", "tokens", "batch_tokens", "micro_batch_size", "max_nonfinite")
+        yield from at_least(0, self, "train", "seed", "hang_minutes")
         choices = {"precision": PRECISIONS, "device": ("auto", "cpu", "cuda"), "engine": ENGINES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -202,8 +180,8 @@ class FsdpConfig:
     compile_blocks: bool = False  # torch.compile of each block; the first step takes minutes
 
     def problems(self) -> Iterator[str]:
-        yield from _at_least(1, self, "fsdp", "replicas")
-        yield from _at_least(0, self, "fsdp", "prefetch")
+        yield from at_least(1, self, "fsdp", "replicas")
+        yield from at_least(0, self, "fsdp", "prefetch")
 
 
 @dataclass
@@ -212,8 +190,8 @@ class EvalConfig:
     max_windows: int = 256  # of the validation split, always the same ones
 
     def problems(self) -> Iterator[str]:
-        yield from _at_least(0, self, "eval", "every_steps")
-        yield from _at_least(1, self, "eval", "max_windows")
+        yield from at_least(0, self, "eval", "every_steps")
+        yield from at_least(1, self, "eval", "max_windows")
 
 
 @dataclass
@@ -226,8 +204,8 @@ class CheckpointConfig:
     resume: str = "never"  # never: refuse a used run directory | auto: newest complete one | a checkpoint's path
 
     def problems(self) -> Iterator[str]:
-        yield from _at_least(0, self, "checkpoint", "every_steps", "every_minutes", "keep_every_steps")
-        yield from _at_least(1, self, "checkpoint", "keep_last")
+        yield from at_least(0, self, "checkpoint", "every_steps", "every_minutes", "keep_every_steps")
+        yield from at_least(1, self, "checkpoint", "keep_last")
 
 
 @dataclass
@@ -238,7 +216,7 @@ class LogConfig:
     wandb_mode: str = "offline"  # offline | online
 
     def problems(self) -> Iterator[str]:
-        yield from _at_least(1, self, "log", "every_steps")
+        yield from at_least(1, self, "log", "every_steps")
         if len(set(self.sinks)) < len(self.sinks):
             yield f"log.sinks is {self.sinks}: each sink once"
         for sink in self.sinks:
@@ -263,7 +241,7 @@ class Config:
 
     @property
     def sequences_per_step(self) -> int:
-        """Global batch in sequences of `data.seq_len` tokens."""
+        """Global batch in sequences of `data.seq_len` tokens, those of the first stage."""
         return self.train.batch_tokens // self.data.seq_len
 
     @property
@@ -273,8 +251,29 @@ class Config:
         assert self.train.tokens is not None, "validated configurations have steps or tokens"
         return math.ceil(self.train.tokens / self.train.batch_tokens)
 
+    @property
+    def stages(self) -> list[StagePlan]:
+        """What `data.stages` come to; one where none are given. The batch is as many tokens in all of them."""
+        plans: list[StagePlan] = []
+        begins = [stage.from_tokens for stage in self.data.stages] or [0]
+        for tokens, seq_len, weights in zip(begins, self.data.seq_lens, self.data.weights, strict=True):
+            step, sample = math.ceil(tokens / self.train.batch_tokens), 0
+            if plans:
+                before = plans[-1]
+                sample = before.first_sample + (step - before.first_step) * before.sequences_per_step
+            micro_batch_size = self.train.micro_batch_size * self.data.seq_len // seq_len
+            plans.append(
+                StagePlan(step, sample, seq_len, self.train.batch_tokens // seq_len, micro_batch_size, weights)
+            )
+        return plans
+
+    def samples_at(self, step: int) -> int:
+        """Samples of the first `step` steps."""
+        plan = [plan for plan in self.stages if plan.first_step <= step][-1]
+        return plan.first_sample + (step - plan.first_step) * plan.sequences_per_step
+
     def accumulation(self, world: int) -> int:
-        """Micro-batches per rank in one optimizer step."""
+        """Micro-batches per rank in one optimizer step, in all stages."""
         return self.sequences_per_step // (self.train.micro_batch_size * world)
 
     def digest(self) -> str:
@@ -285,23 +284,10 @@ class Config:
             *(("train", "device"), ("train", "engine"), ("train", "hang_minutes")),
         ):
             del values[section][name]
+        data = values["data"]
+        for source in data["sources"]:
+            del source["path"]
+        if not (data["sources"] or data["stages"]) and data["packing"] == "windows":
+            del data["sources"], data["stages"], data["packing"]  # as before there were such options
         kept = {section: values[section] for section in ("model", "data", "train", "optim")}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _at_least(bound: int, part: Any, section: str, *names: str) -> Iterator[str]:
-    for name in names:
-        value = getattr(part, name)
-        if value is not None and value < bound:
-            yield f"{section}.{name} is {value}: it must be at least {bound}"
-
-
-def did_you_mean(found: str, allowed: Sequence[str]) -> str:
-    """The nearest allowed name: of the whole dotted path, else one whose last part is nearest."""
-    near = difflib.get_close_matches(found, allowed, n=1, cutoff=0.6)
-    if not near:
-        tails = {name.rsplit(".", 1)[-1]: name for name in allowed}
-        near = [tails[t] for t in difflib.get_close_matches(found.rsplit(".", 1)[-1], list(tails), n=1, cutoff=0.6)]
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"expected one of {', '.join(allowed)}" if len(allowed) < 12 else "no option has a similar name"

@@ -1,24 +1,32 @@
 """Batches for one rank, from any sample on, in an order that depends on nothing but the seed.
 
-The state is one counter of consumed samples over all ranks, and the caller holds it. B micro-batch, L window length.
+The state is one counter of consumed samples over all ranks, and the caller holds it. B micro-batch, L row length.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from itertools import islice
+from typing import Final
 
 import numpy as np
+import numpy.random  # torch seeds it in every loader process, each of which would import it anew
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from mamba_pretrain.data.order import window_at
-from mamba_pretrain.data.packing import n_windows, window
+from mamba_pretrain.data.mixture import Mixture, Stage
+from mamba_pretrain.data.packing import Block, Rows, Windows
 from mamba_pretrain.data.shards import Shard, ShardError
+
+AHEAD: Final = 4096  # samples whose places are computed at once: one by one that would take longer than to read them
+AT_ONCE: Final = 1 << 15  # positions that are read at once, of as many micro-batches as that is
 
 
 class LoaderError(RuntimeError):
@@ -26,47 +34,68 @@ class LoaderError(RuntimeError):
 
 
 Batch = dict[str, Tensor]
-Sample = dict[str, Any]  # the tensors of one row, as numpy arrays
 
 
-class WindowDataset(Dataset[Sample]):
-    """Windows of one split, indexed by the run's sample counter: 0, 1, ... over all ranks and epochs, without end."""
+class MixedRows:
+    """The rows of a run by its sample counter: 0, 1, ... over all ranks, stages and epochs, without end."""
+
+    def __init__(self, mixture: Mixture, rows: Sequence[Sequence[Rows | None]]) -> None:
+        """`rows`: of each stage and source, None where the stage reads none of the source."""
+        self.mixture, self.rows = mixture, rows
+
+    def read(self, stage: int, sources: NDArray[np.int64], rows: NDArray[np.int64]) -> Block:
+        """These rows (B,) of their sources, all of one stage."""
+        first = int(sources[0])
+        if (sources == first).all():
+            return self._of(stage, first).read(rows)
+        wide = (len(rows), self.mixture.stages[stage].seq_len)
+        ids, labels, seq_idx = np.empty(wide, np.int64), np.empty(wide, np.int64), np.empty(wide, np.int32)
+        padding = np.empty(len(rows), np.int64)
+        for source in np.unique(sources).tolist():
+            chosen = np.flatnonzero(sources == source)
+            part = self._of(stage, source).read(rows[chosen])
+            ids[chosen], labels[chosen], seq_idx[chosen], padding[chosen] = part
+        return Block(ids, labels, seq_idx, padding)
+
+    def _of(self, stage: int, source: int) -> Rows:
+        rows = self.rows[stage][source]
+        assert rows is not None, "a source with a share has rows"
+        return rows
+
+
+class WindowDataset(MixedRows):
+    """One split alone, in windows."""
 
     def __init__(self, shard: Shard, seq_len: int, seed: int, vocab_size: int) -> None:
-        self.shard, self.seq_len, self.seed, self.vocab_size = shard, seq_len, seed, vocab_size
-        self.n_windows = n_windows(shard, seq_len)
-        if self.n_windows == 0:
-            raise ShardError(
-                f"{shard.path} has {shard.n_tokens:,} tokens, fewer than one window of {seq_len:,} and its last label: "
-                "use more data, or a shorter sequence length"
-            )
-
-    def __getitem__(self, sample: int) -> Sample:
-        _, index = window_at(sample, self.n_windows, self.seed)
-        input_ids, labels, seq_idx = window(self.shard, index, self.seq_len, vocab_size=self.vocab_size)
-        return {"input_ids": input_ids, "labels": labels, "seq_idx": seq_idx, "samples": sample}
+        windows = Windows(shard, seq_len, vocab_size)
+        self.shard, self.n_windows = shard, windows.n_rows
+        stage = Stage(0, seq_len, seq_len, (Fraction(1),))
+        super().__init__(Mixture([shard.path.parent.name], [stage], [{seq_len: windows.n_rows}], seed), [[windows]])
 
 
 def batches(
-    dataset: WindowDataset, *, micro_batch_size: int, first_sample: int, rank: int, world: int, workers: int
+    dataset: MixedRows, *, micro_batch_size: int, first_sample: int, rank: int, world: int, workers: int
 ) -> Iterator[Batch]:
-    """Micro-batches without end: ascending samples c >= first_sample with c % world == rank, B = micro_batch_size each.
+    """Micro-batches without end: ascending samples c >= first_sample with c % world == rank.
 
-    Yields input_ids (B, L) int64, labels (B, L) int64, seq_idx (B, L) int32, samples (B,) int64: the counters
-    themselves. `workers` processes read ahead, 0 reads in this one; the batches are the same. Raises ShardError for
-    damaged data, LoaderError for a process that ended.
+    Each has B = micro_batch_size rows, in later stages as many as hold the same number of tokens; never of two stages.
+    Yields input_ids (B, L) int64, labels (B, L) int64, seq_idx (B, L) int32, and of each row (B,) int64 its sample, its
+    source and its positions of padding. `workers` processes read ahead, 0 reads in this one; the batches are the same.
+    Raises ShardError for damaged data, LoaderError for a process that ended.
     """
     before = signal.getsignal(signal.SIGCHLD)
-    running = iter(
-        DataLoader(
-            _Outcomes(dataset),
-            batch_sampler=_Counters(first_sample + (rank - first_sample) % world, world, micro_batch_size),
-            num_workers=workers,
-            collate_fn=_collate,
-            worker_init_fn=_leave_signals_to_parent,
-            pin_memory=torch.cuda.is_available(),
+    micro_batches = _MicroBatches(dataset, micro_batch_size, first_sample + (rank - first_sample) % world, world)
+    running: Iterator[Batch | ShardError] = iter(micro_batches)
+    if workers or torch.cuda.is_available():  # else a DataLoader only adds its own time
+        running = iter(
+            DataLoader(
+                micro_batches,
+                batch_size=None,
+                num_workers=workers,
+                worker_init_fn=_leave_signals_to_parent,
+                pin_memory=torch.cuda.is_available(),
+            )
         )
-    )
     if workers and threading.current_thread() is threading.main_thread():
         # torch's handler raises in whatever code happens to run when a worker ends; next() sees it within 5 s anyway.
         signal.signal(signal.SIGCHLD, before)
@@ -84,39 +113,67 @@ def batches(
         yield batch
 
 
-class _Outcomes(Dataset[Sample | ShardError]):
-    """A dataset's samples, or the error in place of one: torch would wrap what a worker raises in its traceback."""
+class _MicroBatches(IterableDataset[Batch | ShardError]):
+    """The rank's micro-batches; of several loader processes each takes every n-th, and torch merges them in turn."""
 
-    def __init__(self, dataset: WindowDataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: MixedRows, micro_batch_size: int, first: int, stride: int) -> None:
+        self.dataset, self.first, self.stride = dataset, first, stride
+        stages = dataset.mixture.stages
+        self.sizes = [micro_batch_size * stages[0].seq_len // stage.seq_len for stage in stages]
 
-    def __getitem__(self, sample: int) -> Sample | ShardError:
-        try:
-            return self.dataset[sample]
-        except ShardError as error:
-            return error
-
-
-class _Counters:
-    """first, first + stride, ... in lists of `size`, without end."""
-
-    def __init__(self, first: int, stride: int, size: int) -> None:
-        self.first, self.stride, self.size = first, stride, size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        first = self.first
+    def __iter__(self) -> Iterator[Batch | ShardError]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        mine = islice(self._counters(), worker, None, workers)
         while True:
-            yield [first + i * self.stride for i in range(self.size)]
-            first += self.size * self.stride
+            # Not for all the ranks' micro-batches, nor for those of the other loader processes.
+            ahead = list(islice(mine, -(-AHEAD // max(self.sizes))))
+            places = self.dataset.mixture.locate(np.concatenate(ahead))
+            begin = 0
+            while ahead:
+                stage = int(places.stages[begin])
+                positions = len(ahead[0]) * self.dataset.mixture.stages[stage].seq_len
+                together = ahead[: max(1, AT_ONCE // positions)]
+                group = [samples for samples in together if samples[-1] < self._end(stage)]
+                del ahead[: len(group)]
+                counters = np.concatenate(group)
+                sources = places.sources[begin : begin + len(counters)]
+                block = self._read(stage, sources, places.rows[begin : begin + len(counters)])
+                begin += len(counters)
+                if isinstance(block, ShardError):
+                    yield block
+                    return
+                arrays = {**block._asdict(), "samples": counters, "sources": sources}
+                tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+                first = 0
+                for samples in group:
+                    last = first + len(samples)
+                    yield {name: tensor[first:last] for name, tensor in tensors.items()}
+                    first = last
 
+    def _read(self, stage: int, sources: NDArray[np.int64], rows: NDArray[np.int64]) -> Block | ShardError:
+        try:
+            return self.dataset.read(stage, sources, rows)
+        except ShardError as error:
+            return error  # torch would wrap what a loader process raises in its traceback
 
-def _collate(outcomes: list[Sample | ShardError]) -> Batch | ShardError:
-    samples: list[Sample] = []
-    for outcome in outcomes:
-        if isinstance(outcome, ShardError):
-            return outcome
-        samples.append(outcome)
-    return {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in samples[0]}
+    def _end(self, stage: int) -> float:
+        stages = self.dataset.mixture.stages
+        return stages[stage + 1].first if stage + 1 < len(stages) else math.inf
+
+    def _counters(self) -> Iterator[NDArray[np.int64]]:
+        """first, first + stride, ... in arrays of the stage's size, shorter where a stage ends within one."""
+        first = self.first
+        for s, size in enumerate(self.sizes):
+            end = self._end(s)
+            steps = np.arange(size, dtype=np.int64) * self.stride
+            while first + (size - 1) * self.stride < end:
+                yield first + steps
+                first += size * self.stride
+            if first < end:
+                rest = np.arange(first, int(end), self.stride, dtype=np.int64)
+                yield rest
+                first += len(rest) * self.stride
 
 
 def _leave_signals_to_parent(_: int) -> None:

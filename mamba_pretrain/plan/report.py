@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mamba_pretrain.config import Config, ConfigError
-from mamba_pretrain.config.options import did_you_mean
+from mamba_pretrain.config.checks import did_you_mean
 from mamba_pretrain.plan.gpus import GPU, GPUS
 from mamba_pretrain.plan.layouts import MARGIN, RESERVED_BYTES, Layout, cheapest, compare
 from mamba_pretrain.plan.memory import PARTS

@@ -8,20 +8,25 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from mamba_pretrain.data import loader
 from mamba_pretrain.data.dataset import open_split
-from mamba_pretrain.data.loader import Batch, LoaderError, WindowDataset, batches
+from mamba_pretrain.data.loader import Batch, LoaderError, MixedRows, WindowDataset, batches
+from mamba_pretrain.data.mixture import Mixture, Stage
 from mamba_pretrain.data.order import window_at
+from mamba_pretrain.data.packing import Windows
 from mamba_pretrain.data.shards import ShardError
 from tests.helpers.corpora import make_dataset
 
 SEQ_LEN = 128
-KEYS = ("input_ids", "labels", "seq_idx", "samples")
+KEYS = ("input_ids", "labels", "seq_idx", "samples", "sources", "padding")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +35,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> WindowDataset:
     return WindowDataset(shard, SEQ_LEN, seed=3, vocab_size=257)
 
 
-def take(dataset: WindowDataset, n: int, *, first: int = 0, size: int = 4, rank=0, world=1, workers=0) -> list[Batch]:
+def take(dataset: MixedRows, n: int, *, first: int = 0, size: int = 4, rank=0, world=1, workers=0) -> list[Batch]:
     found = batches(dataset, micro_batch_size=size, first_sample=first, rank=rank, world=world, workers=workers)
     return list(islice(found, n))
 
@@ -41,7 +46,7 @@ def test_batches_have_the_promised_shapes_and_types(dataset: WindowDataset) -> N
         "input_ids": ((4, SEQ_LEN), torch.int64),
         "labels": ((4, SEQ_LEN), torch.int64),
         "seq_idx": ((4, SEQ_LEN), torch.int32),
-        "samples": ((4,), torch.int64),
+        **dict.fromkeys(("samples", "sources", "padding"), ((4,), torch.int64)),
     }
 
 
@@ -82,6 +87,51 @@ def test_resuming_on_another_number_of_ranks_loses_and_repeats_nothing(dataset: 
     ranks = [take(dataset, 5, first=first, size=1, rank=rank, world=4) for rank in range(4)]
     samples = sorted(int(batch["samples"]) for rank in ranks for batch in rank)
     assert samples == list(range(first, first + 20))
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> MixedRows:
+    """Two datasets, 1 to 3, in rows of 32 up to sample 48, then 3 to 1 in rows of 128."""
+    directory = tmp_path_factory.mktemp("mixed")
+    shards = [open_split(make_dataset(directory / name, seed=i), "train")[0] for i, name in enumerate("ab")]
+    rows = [[Windows(shard, length, 257) for shard in shards] for length in (32, SEQ_LEN)]
+    quarter = Fraction(1, 4)
+    stages = [Stage(0, 32, SEQ_LEN, (quarter, 1 - quarter)), Stage(48, SEQ_LEN, SEQ_LEN, (1 - quarter, quarter))]
+    return MixedRows(Mixture(["a", "b"], stages, [{SEQ_LEN: row.n_rows} for row in rows[1]], seed=1), rows)
+
+
+def test_rows_of_a_mixture_are_those_of_their_sources(mixed: MixedRows) -> None:
+    found = take(mixed, 6 + 20, size=8)
+    assert [tuple(batch["input_ids"].shape) for batch in found] == [(8, 32)] * 6 + [(2, SEQ_LEN)] * 20
+    for batch in found:
+        places = mixed.mixture.locate(batch["samples"].numpy())
+        assert batch["sources"].tolist() == places.sources.tolist()
+        for i, (stage, source, row) in enumerate(zip(places.stages, places.sources, places.rows, strict=True)):
+            expected = mixed.rows[stage][source].read(np.array([row]))
+            assert batch["input_ids"][i].tolist() == expected.input_ids[0].tolist()
+            assert batch["labels"][i].tolist() == expected.labels[0].tolist()
+            assert batch["seq_idx"][i].tolist() == expected.seq_idx[0].tolist()
+
+
+@pytest.mark.parametrize(("world", "workers"), [(4, 0), (2, 2)])
+def test_a_mixture_in_stages_is_the_same_for_any_world_and_workers(
+    mixed: MixedRows, world: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "AHEAD", 24)  # as in a long run: places are computed many times
+    monkeypatch.setattr(loader, "AT_ONCE", 1024)
+    reference = {int(c): b["input_ids"][i] for b in take(mixed, 96, size=4) for i, c in enumerate(b["samples"])}
+    first = 16  # in the midst of the first stage
+    for rank in range(world):
+        found = take(mixed, 40 // world, first=first, size=4, rank=rank, world=world, workers=workers)
+        assert all(int(c) % world == rank for batch in found for c in batch["samples"])
+        for batch in found:
+            for sample, row in zip(batch["samples"].tolist(), batch["input_ids"], strict=True):
+                assert torch.equal(row, reference[sample])
+
+
+def test_a_stage_that_ends_within_a_micro_batch_cuts_it(mixed: MixedRows) -> None:
+    found = take(mixed, 3, first=30, size=12)
+    assert [batch["samples"].tolist() for batch in found] == [list(range(30, 42)), list(range(42, 48)), [48, 49, 50]]
 
 
 def test_too_little_data_for_one_window_is_an_error(dataset: WindowDataset) -> None:

@@ -1,0 +1,99 @@
+"""`mamba-pretrain data --dry-run` says what the run then reads."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mamba_pretrain import preview as preview_module
+from mamba_pretrain.cli import main
+from mamba_pretrain.config import load
+from mamba_pretrain.data.dataset import open_split
+from mamba_pretrain.data.packing import IGNORE
+from mamba_pretrain.preview import document_lengths, measure
+from mamba_pretrain.reading import open_reading
+from tests.helpers.corpora import make_dataset
+from tests.helpers.runs import OPTIONS
+
+STAGES = "data.stages=[{}, {from_tokens: 1024, weights: {code: 3}, seq_len: 64}]"
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    directory = tmp_path_factory.mktemp("sources")
+    paths = [make_dataset(directory / name, n_documents=n, seed=n) for name, n in (("web", 70), ("code", 40))]
+    sources = ", ".join(f"{{path: {path}, weight: {3 - i}}}" for i, path in enumerate(paths))
+    return [*OPTIONS, f"data.sources=[{sources}]", STAGES, f"run_dir={directory / 'run'}"]
+
+
+def test_it_counts_what_the_run_reads(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "--dry-run", "--json", str(tmp_path / "reading.json"), *words]) == 0
+    printed = capsys.readouterr().out
+    assert "12 steps of 256 tokens, 64 samples, 3,072 tokens; packing windows" in printed
+    found = json.loads((tmp_path / "reading.json").read_text())
+    reading = open_reading(load([], words))
+    places = reading.mixture.locate(np.arange(64))
+    for part in found["stages"]:
+        chosen = (places.stages == part["stage"]) & (places.sources == ["code", "web"].index(part["source"]))
+        assert (part["samples"], part["tokens"]) == (chosen.sum(), chosen.sum() * part["seq_len"])
+    for source, shard in zip(found["sources"], [source.train for source in reading.sources], strict=True):
+        read = sum(part["tokens"] for part in found["stages"] if part["source"] == source["name"])
+        epoch = source["rows"] * source["row_tokens"]
+        assert source["read_tokens"] == read and source["epochs"] == read / epoch
+        assert source["repeated_tokens"] == max(0, read - epoch)
+        assert source["unread_tokens"] == shard.n_tokens - epoch
+        assert source["left_over_tokens"] in (0, 32)
+    assert not Path(load([], words).run_dir).exists()
+    assert main(["data", *words]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_shares_are_those_of_the_rows(words: list[str]) -> None:
+    reading = open_reading(load([], words))
+    (expected,) = [part for part in measure(reading, 64, 4096) if (part["stage"], part["source"]) == (1, "code")]
+    places = reading.mixture.locate(np.arange(64))
+    rows = places.rows[(places.stages == 1) & (places.sources == 0)]
+    shard = reading.sources[0].train
+    masked = several = 0
+    for row in rows.tolist():
+        begins = shard.document_starts(row * 64 + 1, (row + 1) * 64 + 1)
+        masked += len(begins)
+        several += bool((begins < (row + 1) * 64).any())
+    assert expected["all_rows"] and expected["rows"] == len(rows)
+    assert expected["masked_share"] == masked / (64 * len(rows))
+    assert expected["rows_across_a_boundary_share"] == several / len(rows)
+    assert expected["padding_share"] == 0
+    block = reading.dataset.read(1, np.zeros_like(rows), rows)
+    assert (block.labels == IGNORE).sum() == masked
+
+
+def test_a_sample_of_the_rows_is_said_to_be_one(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "--rows", "20", *words]) == 0
+    assert "rows drawn at random from the run's)" in capsys.readouterr().out
+
+
+def test_the_histogram_is_of_all_documents_or_says_of_how_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard, _ = open_split(make_dataset(tmp_path / "data", fractions=(1.0, 0.0, 0.0), n_documents=90), "train")
+    lengths = [stop - start for start, stop in map(shard.document_bounds, range(90))]
+    monkeypatch.setattr(preview_module, "BLOCK", 8)
+    found = document_lengths(shard)
+    assert (found["of"], found["looked_at"]) == (90, 90)
+    counts = Counter(length.bit_length() for length in lengths)
+    for row in found["histogram"]:
+        inside = [length for length in lengths if row["from"] <= length < row["below"]]
+        assert row["documents"] == len(inside) == counts[(row["below"] - 1).bit_length()]
+        assert row["tokens"] == sum(inside)
+    assert sum(row["documents"] for row in found["histogram"]) == 90
+    monkeypatch.setattr(preview_module, "DOCUMENTS", 32)
+    assert document_lengths(shard)["looked_at"] == 32
+
+
+def test_a_missing_directory_for_the_figures_is_said_at_once(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "--json", str(tmp_path / "absent/x.json"), *words]) == 2
+    assert "there is no directory" in capsys.readouterr().err
