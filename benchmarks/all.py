@@ -1,4 +1,4 @@
-"""All six benchmarks, one after the other, each in a process of its own with its default options."""
+"""All seven benchmarks, one after the other, each in a process of its own with its default options."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-NAMES = ("scan", "loss", "train_step", "length", "decode", "distributed")
+NAMES = ("scan", "loss", "train_step", "length", "decode", "distributed", "data")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -80,7 +80,7 @@ def make_data(directory: Path) -> list[str]:
     rule = split_rule((1.0, 0.0, 0.0), 0)
     build(Corpus([ROOT / "corpora" / "sotu.jsonl.gz"]), load_tokenizer("bytes"), directory, rule=rule)
     quiet = ["eval.every_steps=0", "checkpoint.every_steps=0", "checkpoint.every_minutes=0", "train.hang_minutes=0"]
-    length = ["train.tokens=null", "train.steps=100000"]
+    length = ["train.tokens=null", "train.steps=100000", "train.precision=auto"]  # emulated products tell nothing
     return [f"data.path={directory}", "data.validation_split=null", "data.workers=0", *length, *quiet]
 
 

@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("mamba-pretrain", "torch", "transformers", "mambapy", "numpy")
+PACKAGES = (
+    *("mamba-pretrain", "torch", "numpy", "tokenizers", "sentencepiece"),
+    *("transformers", "mambapy", "datasets", "datatrove", "megatron-core"),
+)
 MIB = 2**20
 
 
@@ -49,6 +52,11 @@ def _cpu() -> str:
 def resident_mib() -> float:
     """Memory of this process right now."""
     return _status("VmRSS") or peak_mib()
+
+
+def own_mib() -> float:
+    """Memory that only this process holds: without the files it has mapped, whose pages are the system's cache."""
+    return _status("RssAnon") or resident_mib()
 
 
 def peak_mib() -> float:

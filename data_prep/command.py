@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+import threading
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
 
 from data_prep.streams import CorpusError
 from mamba_pretrain.data.shards import ShardError
@@ -16,6 +22,41 @@ from mamba_pretrain.data.tokenizer import TokenizerError
 def new_parser(module: str, description: str) -> ArgumentParser:
     """A parser whose --help keeps the line breaks of `description`."""
     return ArgumentParser(f"python -m {module}", description=description, formatter_class=RawDescriptionHelpFormatter)
+
+
+def available_cores() -> int:
+    """The cores this process may use, which in a container or a Slurm job are fewer than the machine's."""
+    return len(os.sched_getaffinity(0))
+
+
+def local_directory(name: str) -> Path:
+    """An argument that names a dataset. Raises ArgumentTypeError for a URL, which Path would take for a name."""
+    if "://" in name:
+        raise ArgumentTypeError(f"{name} is a URL: copy the dataset to a disk of this machine first")
+    return Path(name)
+
+
+@contextlib.contextmanager
+def reading(total: int, workers: int) -> Iterator[tuple[ThreadPoolExecutor, Callable[[int], None]]]:
+    """Threads to read `total` bytes with, and what they call after each block: it shows progress.
+
+    Ctrl-C, or an error in the block, ends every thread at its next call: one may have a terabyte before it.
+    """
+    lock, ended = threading.Lock(), threading.Event()
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar, ThreadPoolExecutor(workers) as pool:
+
+        def progress(read: int) -> None:
+            if ended.is_set():
+                raise KeyboardInterrupt
+            with lock:
+                bar.update(read)
+
+        try:
+            yield pool, progress
+        except BaseException:
+            ended.set()
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def run(parser: ArgumentParser, body: Callable[[Namespace], int], argv: Sequence[str] | None) -> int:
@@ -35,8 +76,8 @@ def run(parser: ArgumentParser, body: Callable[[Namespace], int], argv: Sequence
     except (CorpusError, ShardError, TokenizerError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted, nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"{parser.prog}: interrupted, {str(error) or 'nothing was written'}", file=sys.stderr)
         return 130
     finally:
         for number in ending:

@@ -1,50 +1,74 @@
 """Raw corpora as a stream of documents, and the rule that sends each document to a split.
 
-Memory is bounded by the largest document (for Parquet, by a row group). An invalid record is named by file and line,
-and stops the command or is counted; a damaged file always stops it, because what follows the damage is lost.
+Memory is bounded by the largest document (of a table, by a batch of rows), and that by --max-record-bytes. An invalid
+record is named by file and line, and stops the command or is counted; a damaged input stops it too, because what
+follows the damage is lost, unless the whole of it may be left out.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NamedTuple
 
-from data_prep.streams import CorpusError, lines, optional
+from data_prep.finding import find, is_dataset
+from data_prep.readers import byte_ranges, read_fasta, read_jsonl, read_txt
+from data_prep.records import MAX_RECORD_BYTES, NORMALIZATIONS, Document, Invalid, Reading, Record, Unit, finished
+from data_prep.streams import (
+    CorpusError,
+    UnreadableError,
+    extension,
+    has_ranges,
+    is_named_dataset,
+    is_url,
+    line_feeds,
+    size_of,
+)
+from data_prep.tables import read_arrow, read_dataset, read_named, read_parquet, row_groups, rows, shards
+from data_prep.web import read_warc
 from mamba_pretrain.data.manifest import SPLITS, SourceInfo, SplitRule
 
-DATASET_MARKERS: Final = ("dataset_dict.json", "state.json")  # what datasets' save_to_disk leaves in a directory
+UNIT_BYTES: Final = 64 << 20
+TXT_DOCUMENTS: Final = ("file", "blank-line", "line")
+ON_ERROR: Final = ("stop", "skip", "skip-files")
 
 
-@dataclass(frozen=True)
-class Document:
-    text: str
-    source: str
-    line: int  # where it begins: line, row or record, from 1
+class Format(NamedTuple):
+    read: Callable[[Unit, Reading], Iterator[Record]]
+    compressed: bool = False  # whether .gz and .zst of it are read, too
+    units: Callable[[Unit, int], list[Unit]] | None = None  # None: the whole is one
 
 
-@dataclass(frozen=True)
-class Invalid:
-    reason: str
-    source: str
-    line: int
-
-
-Record = Document | Invalid
+FORMATS: Final = {
+    ".txt": Format(read_txt, compressed=True, units=byte_ranges),
+    ".jsonl": Format(read_jsonl, compressed=True, units=byte_ranges),
+    ".parquet": Format(read_parquet, units=row_groups),
+    ".arrow": Format(read_arrow),
+    **dict.fromkeys((".fa", ".fasta", ".fna"), Format(read_fasta, compressed=True)),
+    **dict.fromkeys((".warc", ".wet"), Format(read_warc, compressed=True)),
+}
+SAVED: Final = Format(read_dataset, units=rows)
+NAMED: Final = Format(read_named, units=shards)
+KNOWN: Final = {
+    name + compression: kind
+    for name, kind in FORMATS.items()
+    for compression in ("", ".gz", ".zst")
+    if kind.compressed or not compression
+}
+NAMES: Final = " ".join(FORMATS) + ", all but .parquet and .arrow also .gz .zst"
 
 
 class Corpus:
-    """The documents of files and directories, in sorted order within a directory.
+    """The documents of files, directories (in sorted order), fsspec URLs, and datasets on disk or by name.
 
-    Iterating reads everything again and counts `skipped` (invalid, left out) and `empty` (valid, without text) records.
-    `ignored` is what directories hold that is hidden or has an extension that says nothing to this reader. Raises
-    CorpusError here for inputs that match nothing or one file twice; while iterating for files that cannot be read, and
-    for invalid records unless `on_error` is "skip".
+    Iterating reads everything again and counts `skipped` (invalid, left out) and `empty` (valid, without text) records,
+    and lists in `left_out` the inputs that were. `ignored` is what directories hold that is hidden or has an extension
+    that says nothing to this reader. Raises CorpusError here for inputs that match nothing or one file twice; while
+    iterating UnreadableError for inputs that cannot be read, and CorpusError for invalid records, unless `on_error` is
+    "skip-files" for the first, this or "skip" for the second. Pickles without what is known of the inputs' sizes.
     """
 
     def __init__(
@@ -54,25 +78,24 @@ class Corpus:
         text_key: str = "text",
         txt_documents: str = "file",
         on_error: str = "stop",
+        normalization: str = "none",
+        max_record_bytes: int = MAX_RECORD_BYTES,
     ) -> None:
-        self.text_key, self.txt_documents, self.on_error = text_key, txt_documents, on_error
-        self.files: list[Path] = []
-        self.ignored: list[Path] = []
+        for name, value, choices in (
+            ("txt_documents", txt_documents, TXT_DOCUMENTS),
+            ("on_error", on_error, ON_ERROR),
+            ("normalization", normalization, NORMALIZATIONS),
+        ):
+            if value not in choices:
+                raise CorpusError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+        if max_record_bytes < 1:
+            raise CorpusError(f"--max-record-bytes {max_record_bytes}: expected 1 or more")
+        self.reading = Reading(text_key, txt_documents, normalization, max_record_bytes)
+        self.on_error = on_error
         self.skipped = self.empty = 0
-        for path in map(Path, inputs):
-            if not path.exists():
-                raise CorpusError(f"{path} does not exist")
-            if path.is_dir():
-                self._add_directory(path)
-            elif not path.is_file():
-                raise CorpusError(f"{path} is a pipe or a device; save what it gives to a file ending in {_known()}")
-            elif _extension(path) not in READERS:
-                raise CorpusError(f"{path}: unknown extension {path.suffix!r}; known are {_known()}")
-            else:
-                self.files.append(path)
-        _require_distinct(self.files)
-        if not self.files:
-            raise CorpusError(f"nothing to read in {', '.join(map(str, inputs))}: no file ends in {_known()}")
+        self.left_out: list[str] = []
+        found = find(inputs, lambda source: extension(source) in KNOWN, NAMES)
+        self.files, self.ignored, self._sizes = found.files, found.ignored, found.sizes
 
     @classmethod
     def from_arguments(cls, arguments: Namespace) -> Corpus:
@@ -82,229 +105,159 @@ class Corpus:
             text_key=arguments.text_key,
             txt_documents=arguments.txt_documents,
             on_error=arguments.on_error,
+            normalization=arguments.normalization,
+            max_record_bytes=arguments.max_record_bytes,
         )
         for path in corpus.ignored:
             print(f"warning: ignored {path}, it is hidden or its extension is unknown", file=sys.stderr)
         return corpus
 
-    def _add_directory(self, directory: Path, above: tuple[Path, ...] = ()) -> None:
-        above = (*above, directory.resolve())
-        if _is_dataset(directory):
-            self.files.append(directory)
-        elif above[-1] not in above[:-1]:  # else a symbolic link has led back up
-            for path in sorted(directory.iterdir()):
-                hidden = path.name.startswith(".")
-                if path.is_dir() and not hidden:
-                    self._add_directory(path, above)
-                else:
-                    readable = _extension(path) in READERS and (path.is_file() or not path.exists())
-                    (self.files if readable and not hidden else self.ignored).append(path)
-
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:
         parser.add_argument(
-            "inputs", nargs="+", metavar="INPUT", help=f"files ({_known()}), directories of them, datasets on disk"
+            "inputs",
+            nargs="+",
+            metavar="INPUT",
+            help=f"files ({NAMES}), directories of them, patterns like 'a/**/*.jsonl', fsspec URLs of all these "
+            "(s3://, gs://, https://), datasets on disk, and hf://NAME[:CONFIG][@SPLIT][#REVISION], which streams a "
+            "dataset of the Hugging Face hub (or of a directory NAME), its train split by default",
         )
         parser.add_argument("--text-key", default="text", help="field or column that holds the text (default: text)")
         parser.add_argument(
             "--txt-documents",
-            choices=("file", "blank-line", "line"),
+            choices=TXT_DOCUMENTS,
             default="file",
             help="what one document is in a .txt: the file (default), a block between blank lines, or a line",
         )
         parser.add_argument(
             "--on-error",
-            choices=("stop", "skip"),
+            choices=ON_ERROR,
             default="stop",
-            help="what to do with an invalid record: stop and name it (default), or leave it out and count it",
+            help="what to do with an invalid record: stop and name it (default), or leave it out and count it; "
+            "skip-files also leaves out, and names, inputs that are damaged or cannot be read",
+        )
+        parser.add_argument(
+            "--normalization",
+            choices=NORMALIZATIONS,
+            default="none",
+            help="Unicode normalization of the text, before all else that is done with it (default: none)",
+        )
+        parser.add_argument(
+            "--max-record-bytes",
+            type=int,
+            default=MAX_RECORD_BYTES,
+            metavar="N",
+            help="a line, or a document of any other format, with more is an invalid record; reading takes a few times "
+            f"this memory where there is one (default: {MAX_RECORD_BYTES})",
         )
 
-    def sources(self) -> list[SourceInfo]:
-        def size(path: Path) -> int:
-            files = (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else (path,)
-            return sum(file.stat().st_size for file in files)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sizes": {}}
 
-        return [SourceInfo(str(path), size(path)) for path in self.files]
+    def sources(self) -> list[SourceInfo]:
+        """Every input with its bytes, 0 where they are not known."""
+        return [SourceInfo(source, self._size_of(source) or 0) for source in self.files]
+
+    def _size_of(self, source: str) -> int | None:
+        size = self._sizes.get(source)  # of a listing: a million files are not asked one by one
+        try:
+            return size_of(source) if size is None else size
+        except OSError:  # records() says what is wrong
+            return None
+
+    def units(self, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
+        """The corpus in parts of about this size, in order: a function of the inputs and the options alone."""
+        if unit_bytes < 1:
+            raise CorpusError(f"units of {unit_bytes} bytes: expected 1 or more")
+        return [unit for source in self.files for unit in self._units_of(source, unit_bytes)]
+
+    def _units_of(self, source: str, unit_bytes: int) -> list[Unit]:
+        size = self._size_of(source)
+        whole = Unit(source, bytes=size or 0, source_bytes=size)
+        split = _format(source).units
+        if split is byte_ranges and self.reading.txt_documents == "file" and extension(source) == ".txt":
+            split = None
+        if extension(source).endswith((".gz", ".zst")) or ((size or 0) <= unit_bytes and split is not shards):
+            split = None
+        try:
+            return split(whole, unit_bytes) if split is not None and has_ranges(source) else [whole]
+        except (UnreadableError, OSError):  # records() says what is wrong
+            return [whole]
+
+    def size(self, unit: Unit) -> int:
+        """Bytes of input; of a dataset by name 0 where it does not say."""
+        return unit.bytes
+
+    def records(self, unit: Unit) -> Iterator[Record]:
+        """All that a unit holds, documents without text included.
+
+        Raises UnreadableError where the input is damaged or is no longer what it was when the unit was planned.
+        """
+        try:
+            _require_unchanged(unit)
+            yield from (finished(record, self.reading) for record in _format(unit.source).read(unit, self.reading))
+            _require_unchanged(unit)
+        except (UnreadableError, OSError) as error:
+            reason = str(error)
+            if isinstance(error, OSError):
+                reason = f"{unit.source} cannot be read: {error.strerror or error}"
+            cure = "" if self.on_error == "skip-files" else "; --on-error skip-files leaves such inputs out"
+            raise UnreadableError(reason + cure) from error
+
+    def refusal(self, unit: Unit, record: Invalid) -> CorpusError:
+        """What to raise for an invalid record of a unit. Names its line in the file, which takes reading up to it."""
+        line, lines_before = record.line, unit.start and _format(unit.source).units is byte_ranges
+        if lines_before:
+            line += 1 + line_feeds(unit.source, unit.start - 1)
+        return CorpusError(
+            f"{record.source}:{line}: {record.reason}. Mend it, or pass --on-error skip to leave out and count such "
+            "records"
+        )
 
     def __iter__(self) -> Iterator[Document]:
         self.skipped = self.empty = 0
-        for path in self.files:
-            for record in self._records(path):
-                if isinstance(record, Document):
-                    if record.text:
-                        yield record
-                    else:
-                        self.empty += 1
-                elif self.on_error == "skip":
-                    self.skipped += 1
-                else:
-                    raise CorpusError(
-                        f"{record.source}:{record.line}: {record.reason}. Mend it, or pass --on-error skip to leave "
-                        "out and count such records"
-                    )
+        self.left_out = []
+        for unit in self.units():
+            if self._may_be_read(unit):
+                yield from self._documents(unit)
 
-    def _records(self, path: Path) -> Iterator[Record]:
-        reader = _read_dataset if path.is_dir() else READERS[_extension(path)]
-        try:
-            yield from map(_storable, reader(path, self))
-        except OSError as error:
-            raise CorpusError(f"{path} cannot be read: {error.strerror or error}") from error
+    def _may_be_read(self, unit: Unit) -> bool:
+        """Under skip-files a unit is read once more, beforehand: nothing of a damaged one may have gone out."""
+        if self.on_error == "skip-files":
+            try:
+                for _ in self.records(unit):
+                    pass
+            except UnreadableError as error:
+                self.left_out.append(str(error))
+                return False
+        return True
 
-
-def _known() -> str:
-    return " ".join(READERS) + ", all but .parquet also .gz .zst"
-
-
-def _is_dataset(path: Path) -> bool:
-    return any((path / marker).is_file() for marker in DATASET_MARKERS)
+    def _documents(self, unit: Unit) -> Iterator[Document]:
+        for record in self.records(unit):
+            if isinstance(record, Invalid):
+                if self.on_error == "stop":
+                    raise self.refusal(unit, record)
+                self.skipped += 1
+            elif record.text:
+                yield record
+            else:
+                self.empty += 1
 
 
-def _extension(path: Path) -> str:
-    plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
-    return "" if plain is not path and plain.suffix == ".parquet" else plain.suffix
+def _require_unchanged(unit: Unit) -> None:
+    if unit.source_bytes is not None and (size := size_of(unit.source)) != unit.source_bytes:
+        raise UnreadableError(
+            f"{unit.source} had {unit.source_bytes:,} bytes when the work was divided and has {size or 0:,} now: "
+            "something writes to it; begin again when it is complete"
+        )
 
 
-def _require_distinct(files: Sequence[Path]) -> None:
-    first: dict[Path, Path] = {}
-    for path in files:
-        if (other := first.setdefault(path.resolve(), path)) is not path:
-            raise CorpusError(f"{path} is among the inputs twice, first as {other}: its text would count double")
-
-
-def _storable(record: Record) -> Record:
-    if isinstance(record, Document) and not record.text.isascii():
-        try:
-            record.text.encode()
-        except UnicodeEncodeError:
-            return Invalid(
-                "the text holds half of a surrogate pair, which is not a character", record.source, record.line
-            )
-    return record
-
-
-def _read_txt(path: Path, corpus: Corpus) -> Iterator[Record]:
-    def record(block: list[bytes], line: int) -> Record:
-        text = b"".join(block)
-        try:
-            return Document((text if whole else text.rstrip(b"\r\n")).decode(), str(path), line)
-        except UnicodeDecodeError as error:
-            line += text.count(b"\n", 0, error.start)
-            return Invalid(f"byte {text[error.start]:#04x} is not UTF-8", str(path), line)
-
-    whole, block, begin = corpus.txt_documents == "file", list[bytes](), 1
-    for number, line in lines(path):
-        blank = not whole and not line.strip()
-        if block and (blank or corpus.txt_documents == "line"):
-            yield record(block, begin)
-            block = []
-        if not blank:
-            begin = begin if block else number
-            block.append(line)
-    if block or whole:
-        yield record(block, begin)
-
-
-def _read_jsonl(path: Path, corpus: Corpus) -> Iterator[Record]:
-    for number, line in lines(path):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            yield Invalid(f"byte {line[error.start]:#04x} is not UTF-8", str(path), number)
-        except (ValueError, RecursionError) as error:
-            yield Invalid(f"not JSON ({error})", str(path), number)
-        else:
-            yield _field(fields, corpus.text_key, path, number)
-
-
-def _field(fields: object, key: str, path: Path, line: int) -> Record:
-    if not isinstance(fields, dict):
-        return Invalid(f"a JSON {type(fields).__name__}, expected an object with the key {key!r}", str(path), line)
-    if key not in fields:
-        return Invalid(f"no key {key!r} (--text-key), only {sorted(fields)}", str(path), line)
-    return _string(fields[key], key, path, line)
-
-
-def _string(value: object, key: str, path: Path, line: int) -> Record:
-    if not isinstance(value, str):
-        return Invalid(f"{key!r} is {type(value).__name__}, expected a string", str(path), line)
-    return Document(value, str(path), line)
-
-
-def _read_parquet(path: Path, corpus: Corpus) -> Iterator[Record]:
-    parquet = optional("pyarrow.parquet", path)
-    arrow_error = optional("pyarrow", path).ArrowException
-    row = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if corpus.text_key not in names:
-                raise CorpusError(f"{path} has no column {corpus.text_key!r} (--text-key), only {names}")
-            for batch in file.iter_batches(batch_size=1024, columns=[corpus.text_key]):
-                for scalar in batch.column(0):
-                    row += 1
-                    try:
-                        yield _string(scalar.as_py(), corpus.text_key, path, row)
-                    except UnicodeDecodeError as error:
-                        yield Invalid(f"byte {error.object[error.start]:#04x} is not UTF-8", str(path), row)
-    except (arrow_error, OSError) as error:
-        if getattr(error, "errno", None):  # the system's, not pyarrow's
-            raise
-        raise CorpusError(f"{path} is damaged after row {row} ({error}); get the file again") from error
-
-
-def _read_dataset(path: Path, corpus: Corpus) -> Iterator[Record]:
-    datasets = optional("datasets", path)
-    row = 0
-    try:
-        loaded = datasets.load_from_disk(str(path))
-        parts = loaded if isinstance(loaded, dict) else {"": loaded}
-        for name in sorted(parts):
-            names = parts[name].column_names
-            if corpus.text_key not in names:
-                raise CorpusError(f"{path}: no column {corpus.text_key!r} (--text-key), only {names}")
-            for row, fields in enumerate(parts[name].select_columns([corpus.text_key]), start=1):
-                yield _field(fields, corpus.text_key, path / name, row)
-    except (CorpusError, PermissionError):
-        raise
-    except Exception as error:  # of pyarrow, json, fsspec, or a bare KeyError
-        raise CorpusError(f"{path} is damaged after row {row} ({error!r}); get the dataset again") from error
-
-
-def _read_fasta(path: Path, _: Corpus) -> Iterator[Record]:
-    """One document a record: its letters in the case they stand in, without header, comments and whitespace."""
-    letters: list[str] = []
-    begin, invalid = 0, ""
-
-    def record() -> Record:
-        return Invalid(invalid, str(path), begin) if invalid else Document("".join(letters), str(path), begin)
-
-    for number, line in lines(path):
-        if line.startswith(b";"):  # a comment
-            continue
-        if line.startswith(b">"):
-            if begin:
-                yield record()
-            letters, begin, invalid = [], number, ""
-        elif line.strip() and not begin:
-            begin, invalid = number, "sequence before the first header, a line that starts with '>'"
-        elif not line.isascii():
-            invalid = f"the record has a byte beyond ASCII in line {number}"
-        else:
-            letters.append(b"".join(line.split()).decode("ascii"))
-    if begin:
-        yield record()
-
-
-READERS: Final[dict[str, Callable[[Path, Corpus], Iterator[Record]]]] = {
-    ".txt": _read_txt,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-    ".fa": _read_fasta,
-    ".fasta": _read_fasta,
-    ".fna": _read_fasta,
-}
+def _format(source: str) -> Format:
+    if is_named_dataset(source):
+        return NAMED
+    if not is_url(source) and is_dataset(Path(source)):
+        return SAVED
+    return KNOWN[extension(source)]
 
 
 def add_split_arguments(parser: ArgumentParser) -> None:
@@ -329,9 +282,10 @@ def split_rule(fractions: Sequence[float], seed: int) -> SplitRule:
     return SplitRule(seed, shares, "blake2b-64 of the UTF-8 text, keyed by the seed, against cumulated fractions")
 
 
-def split_of(text: str, rule: SplitRule) -> str:
-    """The split of a document. Copies of one document share it, so none is both trained on and tested on."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, key=b"split %d" % rule.seed).digest()
+def split_of(text: str | bytes, rule: SplitRule) -> str:
+    """The split of a document, by its text or its UTF-8. Copies share it, so none is both trained on and tested on."""
+    utf8 = text.encode() if isinstance(text, str) else text
+    digest = hashlib.blake2b(utf8, digest_size=8, key=b"split %d" % rule.seed).digest()
     u, total = int.from_bytes(digest, "little") / 2**64, 0.0
     for split, share in rule.fractions.items():
         total += share

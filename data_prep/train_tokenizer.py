@@ -1,7 +1,8 @@
-"""Trains a SentencePiece tokenizer that gives every text back byte for byte."""
+"""Trains a tokenizer that gives every text back byte for byte: a SentencePiece model, or a byte-level BPE in JSON."""
 
 from __future__ import annotations
 
+import heapq
 import io
 import os
 import random
@@ -12,16 +13,26 @@ from pathlib import Path
 from typing import Final
 
 import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 
 from data_prep.command import new_parser, run
-from data_prep.corpus import Corpus, Document, add_split_arguments, split_of, split_rule
+from data_prep.corpus import Corpus, add_split_arguments, split_of, split_rule
+from data_prep.records import Document
 from data_prep.streams import CorpusError
 from mamba_pretrain.data.tokenizer import TokenizerError, load_tokenizer
 
 DESCRIPTION = """\
-Train a SentencePiece tokenizer on the documents of one split: with the same --seed and --split-fractions as
-build_shards, it never sees what the model is tested on. No normalisation, and bytes for whatever has no piece, so that
-decoding returns every text byte for byte. Writes NAME.model and, for reading, NAME.vocab. Example:
+Train a tokenizer on the documents of one split: with the same --seed and --split-fractions as build_shards, it never
+sees what the model is tested on. The end of --output decides what it is:
+
+    NAME.model   a SentencePiece model, without normalisation, with bytes for whatever has no piece; NAME.vocab beside
+                 it is for reading
+    NAME.json    a byte-level BPE of the tokenizers library, which transformers reads, too; <|endoftext|> has id 0
+
+Decoding returns every text byte for byte with both. What is learned from is a random sample of all documents' text
+that fits into --sample-bytes of memory, the same for the same --seed. Example:
 
     python -m data_prep.train_tokenizer corpora/sotu.jsonl.gz --vocab-size 4096 --output data/sotu.model \\
         --split-fractions 0.9 0.1 0
@@ -33,24 +44,41 @@ MAX_BYTES: Final = 4 * CHARACTERS  # of such a sentence in UTF-8
 # The sums of unigram's EM depend on how the sentences are divided over threads: a fixed number makes one model of one
 # input on every machine.
 THREADS: Final = 4
+END: Final = "<|endoftext|>"
+ENTRY_BYTES: Final = 150  # what Python takes for a place in the sample, beside the text
 
 
 def sentences(documents: Iterable[Document]) -> Iterator[str]:
+    """Lines, as SentencePiece wants them, the longest in parts."""
     for document in documents:
         for line in document.text.splitlines(keepends=True):
             yield from (line[i : i + CHARACTERS] for i in range(0, len(line), CHARACTERS))
 
 
-def sample(items: Iterable[str], size: int, seed: int) -> list[str]:
-    """A uniform sample of at most `size` (reservoir sampling), all of them and in order if there are no more."""
+def passages(documents: Iterable[Document]) -> Iterator[str]:
+    """Parts of documents with their line ends inside: a byte-level BPE learns runs of those, too."""
+    for document in documents:
+        yield from (document.text[i : i + CHARACTERS] for i in range(0, len(document.text), CHARACTERS))
+
+
+def sample(items: Iterable[str], at_most_bytes: int, seed: int) -> list[str]:
+    """A uniform sample that takes at most so much memory, in the order of the items; all of them if they fit.
+
+    Every item draws a number, and those with the smallest ones stay: what the sample holds depends on the items and the
+    seed alone, and memory is that of the sample.
+    """
     rng = random.Random(seed)
-    chosen: list[str] = []
+    chosen: list[tuple[float, int, str]] = []  # a heap, the largest draw first
+    held, limit = 0, 1.0
     for n, item in enumerate(items):
-        if n < size:
-            chosen.append(item)
-        elif (slot := rng.randrange(n + 1)) < size:
-            chosen[slot] = item
-    return chosen
+        if (draw := rng.random()) >= limit:
+            continue
+        heapq.heappush(chosen, (-draw, n, item))
+        held += sys.getsizeof(item) + ENTRY_BYTES
+        while held > at_most_bytes:
+            negative, _, dropped = heapq.heappop(chosen)
+            held, limit = held - sys.getsizeof(dropped) - ENTRY_BYTES, -negative
+    return [item for _, _, item in sorted(chosen, key=lambda entry: entry[1])]
 
 
 def train(texts: Sequence[str], *, kind: str, vocab_size: int, character_coverage: float) -> bytes:
@@ -82,6 +110,26 @@ def train(texts: Sequence[str], *, kind: str, vocab_size: int, character_coverag
     return model.getvalue()
 
 
+def train_json(texts: Sequence[str], *, vocab_size: int) -> bytes:
+    """The content of a tokenizer.json. Raises TokenizerError where the texts do not yield so many ids."""
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    model.train_from_iterator(texts, trainer, length=len(texts))
+    if (found := model.get_vocab_size()) != vocab_size:
+        raise TokenizerError(
+            f"--vocab-size {vocab_size}: {len(texts):,} passages of text yield {found:,} ids; the smallest is 257, "
+            "for the bytes and the end of a document. Use more text, or another size"
+        )
+    return str(model.to_str(pretty=True)).encode()
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     scratch = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -97,66 +145,113 @@ def write_atomically(path: Path, content: bytes) -> None:
 def parser() -> ArgumentParser:
     result = new_parser("data_prep.train_tokenizer", DESCRIPTION)
     Corpus.add_arguments(result)
-    result.add_argument("--output", required=True, type=Path, metavar="NAME.model")
-    result.add_argument("--vocab-size", required=True, type=int, help="pieces, with 3 special tokens and 256 bytes")
-    result.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram", help="default: unigram")
+    result.add_argument("--output", required=True, type=Path, metavar="NAME.model|NAME.json")
+    result.add_argument(
+        "--vocab-size", required=True, type=int, help="ids, with 256 bytes and 3 special tokens (.json: 1)"
+    )
+    result.add_argument("--model-type", choices=("unigram", "bpe"), help="of a .model (default: unigram)")
     result.add_argument(
         "--character-coverage",
         type=float,
-        default=0.9995,
-        help="share of characters with a piece (default: 0.9995)",
+        help="share of characters with a piece, of a .model (default: 0.9995)",
     )
     result.add_argument("--split", choices=("train", "all"), default="train", help="documents to learn from")
     result.add_argument(
-        "--max-sentences",
+        "--sample-bytes",
         type=int,
-        default=500_000,
-        help="lines to learn from, drawn at random from all; about 1 kB of memory each (default: 500000)",
+        default=200_000_000,
+        help="memory for the sample to learn from, drawn at random from all text; the learning itself takes several "
+        "times as much (default: %(default)s)",
+    )
+    result.add_argument(
+        "--read-bytes",
+        type=int,
+        metavar="N",
+        help="stop reading after N bytes of text: the sample is then of the beginning only (default: read everything)",
     )
     add_split_arguments(result)
     result.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return result
 
 
-def body(arguments: Namespace) -> int:
+def _check(arguments: Namespace) -> list[Path]:
+    """The files to write. Raises TokenizerError for options that cannot work, before anything is read."""
     output: Path = arguments.output
-    if output.suffix != ".model":
-        raise TokenizerError(f"--output {output}: the name of a SentencePiece model ends in .model")
-    for option, value in (("--vocab-size", arguments.vocab_size), ("--max-sentences", arguments.max_sentences)):
-        if value < 1:
-            raise TokenizerError(f"{option} {value}: expected 1 or more")
+    if output.suffix not in (".model", ".json"):
+        raise TokenizerError(f"--output {output}: expected NAME.model (SentencePiece) or NAME.json (byte-level BPE)")
+    for option in ("vocab_size", "sample_bytes", "read_bytes"):
+        if (value := getattr(arguments, option)) is not None and value < 1:
+            raise TokenizerError(f"--{option.replace('_', '-')} {value}: expected 1 or more")
+    if output.suffix == ".json" and (arguments.model_type or arguments.character_coverage):
+        raise TokenizerError("--model-type and --character-coverage are of SentencePiece, and a .json is none")
     output.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(output.parent, os.W_OK):
         raise TokenizerError(f"{output.parent} is not writable; choose another output")
-    for path in (output, output.with_suffix(".vocab")):
+    files = [output] if output.suffix == ".json" else [output, output.with_suffix(".vocab")]
+    for path in files:
         if path.is_dir() or (path.exists() and not arguments.overwrite):
             hint = "" if path.is_dir() else ", or pass --overwrite to replace it"
             raise TokenizerError(f"{path} exists; choose another output{hint}")
+    return files
+
+
+class _Reading:
+    """Documents on their way through, counted; `at_most` bytes of their text, if given, and no more."""
+
+    def __init__(self, documents: Iterable[Document], at_most: int | None) -> None:
+        self._documents, self._at_most = documents, at_most
+        self.n_bytes, self.ended_early = 0, False
+
+    def __iter__(self) -> Iterator[Document]:
+        with tqdm(unit="B", unit_scale=True, disable=None, desc="sampling") as bar:
+            for n, document in enumerate(self._documents, start=1):
+                if self._at_most is not None and self.n_bytes >= self._at_most:
+                    self.ended_early = True
+                    return
+                size = len(document.text.encode())
+                self.n_bytes += size
+                bar.update(size)
+                if n % 1000 == 0:
+                    bar.set_postfix_str(f"{n:,} documents", refresh=False)
+                yield document
+
+
+def body(arguments: Namespace) -> int:
+    output, *vocab = _check(arguments)
     corpus = Corpus.from_arguments(arguments)
     rule = split_rule(arguments.split_fractions, arguments.seed)
-    chosen = (d for d in corpus if arguments.split == "all" or split_of(d.text, rule) == arguments.split)
-    texts = sample(sentences(chosen), arguments.max_sentences, arguments.seed)
+    reading = _Reading(corpus, arguments.read_bytes)
+    chosen = (d for d in reading if arguments.split == "all" or split_of(d.text, rule) == arguments.split)
+    parts = passages(chosen) if output.suffix == ".json" else sentences(chosen)
+    texts = sample(parts, arguments.sample_bytes, arguments.seed)
     if not texts:
-        raise CorpusError(f"no text in the {arguments.split} split: use more documents, or other --split-fractions")
-    content = train(
-        texts,
-        kind=arguments.model_type,
-        vocab_size=arguments.vocab_size,
-        character_coverage=arguments.character_coverage,
-    )
-    model = sentencepiece.SentencePieceProcessor(model_proto=content)
-    pieces = [f"{model.id_to_piece(i)!r}\t{model.get_score(i):g}\n" for i in range(model.get_piece_size())]
-    write_atomically(output.with_suffix(".vocab"), "".join(pieces).encode())
+        raise CorpusError(
+            f"no text in the {arguments.split} split: use more documents, other --split-fractions, or more "
+            "--sample-bytes"
+        )
+    learned = sum(len(text.encode()) for text in texts)
+    print(f"learning from {learned:,} bytes of text, sampled from {reading.n_bytes:,} bytes read", flush=True)
+    if reading.ended_early:
+        print("warning: --read-bytes ended the reading, and the rest of the corpus is not in the sample")
+    if output.suffix == ".json":
+        content = train_json(texts, vocab_size=arguments.vocab_size)
+    else:
+        content = train(
+            texts,
+            kind=arguments.model_type or "unigram",
+            vocab_size=arguments.vocab_size,
+            character_coverage=arguments.character_coverage or 0.9995,
+        )
+        model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        pieces = [f"{model.id_to_piece(i)!r}\t{model.get_score(i):g}\n" for i in range(model.get_piece_size())]
+        write_atomically(vocab[0], "".join(pieces).encode())
     write_atomically(output, content)
     tokenizer = load_tokenizer(output)
     shown = texts[:1000]
     density = sum(len(tokenizer.encode(text)) for text in shown) / sum(len(text.encode()) for text in shown)
     if corpus.skipped:
         print(f"warning: {corpus.skipped:,} invalid records were left out")
-    print(
-        f"{output}: {tokenizer.vocab_size:,} pieces from {len(texts):,} lines, {density:.4f} tokens a byte, "
-        f"sha256 {tokenizer.sha256}"
-    )
+    print(f"{output}: {tokenizer.vocab_size:,} ids, {density:.4f} tokens a byte, sha256 {tokenizer.sha256}")
     return 0
 
 

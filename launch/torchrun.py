@@ -12,6 +12,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
+
+if __name__ == "__main__":  # loading torch takes seconds, in which there is no rank yet that would have to be told
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
+            signal.signal(number, lambda *_: os._exit(os.EX_TEMPFAIL))
+
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.agent.server.api import RunResult
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -27,7 +34,7 @@ DEFAULTS = (
     # Ranks that save are killed after so many seconds; torchrun's own 30 are too few for a large model.
     "--shutdown-timeout=600",
 )
-LATER = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+LATER = SIGNALS[:3]  # a second Ctrl-C is for someone who does not want to wait
 
 
 class Agent(LocalElasticAgent):
@@ -72,8 +79,9 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
     Agent.fixed = low == high
     api.LocalElasticAgent = Agent  # type: ignore[attr-defined]
-    for number in LATER:  # torchrun's own handlers come with the first rank; before that a signal would kill it
-        signal.signal(number, _raise)
+    for number in SIGNALS:  # torchrun's own handlers come with the first rank; before that a signal would kill it
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _raise)
     try:
         torchrun.run(arguments)  # type: ignore[no-untyped-call]
     except SignalException as error:

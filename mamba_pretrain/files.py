@@ -28,11 +28,7 @@ def atomic_directory(output: Path, *, error: type[ValueError], overwrite: bool =
     where `output` exists and `overwrite` is false, and for whatever the system refuses, a full disk above all.
     """
     output = Path(os.path.abspath(output))
-    _sweep(output)
-    if output.exists() and not overwrite:
-        raise error(f"{output} exists; choose another output, or pass --overwrite to replace it")
-    if output.exists():
-        _check_replaceable(output, error)
+    require_replaceable(output, error=error, overwrite=overwrite)
     scratch, old = _sibling(output, "tmp"), _sibling(output, "old")
     try:
         scratch.mkdir(parents=True)
@@ -66,6 +62,16 @@ def atomic_directory(output: Path, *, error: type[ValueError], overwrite: bool =
         if old.exists() and not output.exists():
             old.rename(output)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def require_replaceable(output: Path, *, error: type[ValueError], overwrite: bool) -> None:
+    """Raises `error` where `atomic_directory` would: for those who work long before they come to it."""
+    output = Path(os.path.abspath(output))
+    _sweep(output)
+    if output.exists() and not overwrite:
+        raise error(f"{output} exists; choose another output, or pass --overwrite to replace it")
+    if output.exists():
+        _check_replaceable(output, error)
 
 
 def _check_replaceable(output: Path, error: type[ValueError]) -> None:

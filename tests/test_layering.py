@@ -78,6 +78,7 @@ ROOMS = {  # a room may import itself and what is listed here; the longest match
     "data_prep": {
         "data.dataset",
         "data.manifest",
+        "data.scan",
         "data.packs",
         "data.shards",
         "data.writer",
@@ -93,6 +94,7 @@ HEAVY = {
     "config": "torch",
     "data.dataset": "torch",
     "data.manifest": "torch",
+    "data.scan": "torch",
     "data.mixture": "torch",
     "data.shards": "torch",
     "data.order": "torch",

@@ -12,6 +12,7 @@ from mamba_pretrain.config.loading import from_dict as from_dict
 from mamba_pretrain.config.loading import load as load
 from mamba_pretrain.config.loading import save as save
 from mamba_pretrain.config.loading import validate as validate
+from mamba_pretrain.config.options import AUTO as AUTO
 from mamba_pretrain.config.options import PRECISIONS as PRECISIONS
 from mamba_pretrain.config.options import VARIANTS as VARIANTS
 from mamba_pretrain.config.options import CheckpointConfig as CheckpointConfig

@@ -28,6 +28,7 @@ VARIANTS: dict[str, dict[str, int]] = {
 
 ENGINES = ("single", "zero", "fsdp")
 PRECISIONS = ("fp32", "bf16", "fp16")
+AUTO = "auto"
 SCHEDULES = ("cosine", "wsd")
 SINKS = ("console", "jsonl", "tensorboard", "wandb")
 
@@ -128,7 +129,9 @@ class TrainConfig:
     batch_tokens: int = 524_288  # per optimizer step, over all ranks
     micro_batch_size: int = 8  # sequences per rank in one forward pass; accumulation is derived
     seed: int = 0
-    precision: str = "bf16"  # of matrix products; parameters, optimizer, norms and the scan's state are fp32
+    # Of matrix products; parameters, optimizer, norms and the scan's state are fp32. fp32 | bf16 | fp16 | auto: bf16
+    # where the device has such products, else fp32.
+    precision: str = "bf16"
     activation_checkpointing: bool = False  # recompute each block in the backward: less memory, a third more FLOPs
     device: str = "auto"  # auto | cpu | cuda
     engine: str = "single"  # single: one process | zero: DeepSpeed, see `zero` | fsdp: PyTorch's FSDP2, see `fsdp`
@@ -142,7 +145,7 @@ class TrainConfig:
             yield f"give exactly one of train.steps and train.tokens: found {self.steps} and {self.tokens}"
         yield from at_least(1, self, "train", "steps", "tokens", "batch_tokens", "micro_batch_size", "max_nonfinite")
         yield from at_least(0, self, "train", "seed", "hang_minutes")
-        choices = {"precision": PRECISIONS, "device": ("auto", "cpu", "cuda"), "engine": ENGINES}
+        choices = {"precision": (*PRECISIONS, AUTO), "device": ("auto", "cpu", "cuda"), "engine": ENGINES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 yield f"train.{name} is {getattr(self, name)!r}: {did_you_mean(getattr(self, name), allowed)}"

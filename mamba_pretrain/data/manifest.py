@@ -73,7 +73,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json`, field for field. Version 1 had no `selection` and no `origin`."""
+    """`manifest.json`, field for field. Version 1 had no `selection`, `origin` and `adds_eod`."""
 
     tokenizer: TokenizerInfo
     dtype: str
@@ -88,6 +88,7 @@ class Manifest:
     versions: dict[str, str]
     selection: Selection = field(default_factory=Selection)
     origin: str = "build_shards"  # or the program whose tokens were adopted: megatron, datatrove
+    adds_eod: bool = True  # whether every document ends with the eod; adopted ones may not
     format: str = "megatron-indexed-dataset"
     version: int = 2
 
@@ -97,8 +98,11 @@ class Manifest:
         parts = files[f"{split}.bin"].sha256, files[f"{split}.idx"].sha256, self.tokenizer.sha256
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
     def write(self, directory: Path) -> None:
-        (directory / MANIFEST).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        (directory / MANIFEST).write_text(self.to_json())
 
     @classmethod
     def read(cls, directory: str | Path) -> Manifest:
@@ -113,25 +117,28 @@ class Manifest:
             raise ShardError(f"{path} is not JSON ({error}); make the dataset again") from error
         found = {name: fields.get(name) for name in ("format", "version")} if isinstance(fields, dict) else fields
         if found == {"format": cls.format, "version": 1}:
-            added = {"selection": dataclasses.asdict(Selection()), "origin": cls.origin, "version": cls.version}
-            fields = {**fields, **added}
+            added = {"selection": dataclasses.asdict(Selection()), "origin": cls.origin, "adds_eod": True}
+            fields = {**fields, **added, "version": cls.version}
         elif found != {"format": cls.format, "version": cls.version}:
             raise ShardError(
                 f"{path} is {found}; this reader knows format {cls.format!r}, versions 1 and {cls.version}: a newer "
                 "version of this program may have made it"
             )
-        manifest = _typed(cls, fields, str(path))
+        manifest = from_json(cls, fields, str(path))
         assert isinstance(manifest, Manifest)
         return manifest
 
 
-def _typed(kind: Any, value: Any, where: str) -> Any:
-    """`value` out of JSON as the annotated type `kind`: dataclasses, lists, dicts with string keys, scalars."""
+def from_json(kind: Any, value: Any, where: str) -> Any:
+    """`value` out of JSON as the annotated type `kind`: dataclasses, lists, dicts with string keys, scalars.
+
+    Raises ShardError, with `where` in front, for unknown, missing or mistyped fields.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:  # X | None
         if value is None:
             return None
-        return _typed(arguments[0], value, where)
+        return from_json(arguments[0], value, where)
     is_record = isinstance(kind, type) and dataclasses.is_dataclass(kind)
     expected = dict if is_record else origin or kind
     # By type(), as True is an instance of int. JSON does not tell 1.0 from 1.
@@ -142,9 +149,9 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
         if hints.keys() != value.keys():
             unknown, missing = sorted(value.keys() - hints.keys()), sorted(hints.keys() - value.keys())
             raise ShardError(f"{where}: unknown fields {unknown}, missing {missing}: another program's, or damaged")
-        return kind(**{name: _typed(hints[name], value[name], f"{where}: {name}") for name in hints})
+        return kind(**{name: from_json(hints[name], value[name], f"{where}: {name}") for name in hints})
     if origin is list:
-        return [_typed(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [from_json(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if origin is dict:
-        return {name: _typed(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+        return {name: from_json(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
     return value

@@ -42,8 +42,16 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without bos and eod."""
 
+    def encode_batch(self, texts: list[str]) -> Sequence[Sequence[int]]:
+        """`encode` of each, at the least cost a text: what many documents are tokenized with."""
+        return [self.encode(text) for text in texts]
+
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes of `ids`; special tokens have none. Raises TokenizerError for an id outside the vocabulary."""
+
+    def gives_back(self, ids: Sequence[int], utf8: bytes) -> bool:
+        """Whether `ids`, an encoding of this tokenizer's, decode to exactly these bytes."""
+        return self.decode_bytes(ids) == utf8
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, with U+FFFD where they stop inside a character."""
@@ -89,9 +97,15 @@ class BytesTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
+    def encode_batch(self, texts: list[str]) -> list[bytes]:
+        return [text.encode() for text in texts]  # bytes are integers; a list of them takes eight times the memory
+
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         _check_ids(ids, self.vocab_size)
         return bytes(i for i in ids if i != self.eod_id)
+
+    def gives_back(self, ids: Sequence[int], utf8: bytes) -> bool:
+        return bytes(ids) == utf8
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -140,9 +154,20 @@ class SentencePieceTokenizer(Tokenizer):
         first, *rest = text.split(SPACE_MARK)
         return self.encode(first) + [i for part in rest for i in (*self._mark, *self._model.encode(part))]
 
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        if self._mark is not None and any(SPACE_MARK in text for text in texts):
+            return [self.encode(text) for text in texts]
+        return list(self._model.encode(texts, num_threads=1))  # else a thread for each core, in every process
+
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         _check_ids(ids, self.vocab_size)
-        joined = b"".join([self._bytes[i] for i in ids])
+        return self._join(ids)
+
+    def gives_back(self, ids: Sequence[int], utf8: bytes) -> bool:
+        return self._join(ids) == utf8
+
+    def _join(self, ids: Sequence[int]) -> bytes:
+        joined = b"".join(map(self._bytes.__getitem__, ids))
         return joined.removeprefix(b" ") if self._dummy_prefix else joined
 
 
@@ -202,11 +227,21 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return list(self._model.encode(text, add_special_tokens=False).ids)
 
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        # "fast" leaves out the offsets of the tokens in the text, which nobody asks for here
+        return [encoding.ids for encoding in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         _check_ids(ids, self.vocab_size)
+        return self._join(ids)
+
+    def gives_back(self, ids: Sequence[int], utf8: bytes) -> bool:
+        return self._join(ids) == utf8
+
+    def _join(self, ids: Sequence[int]) -> bytes:
         if self._bytes is None:  # not byte-level: only the library knows how its pieces join
             return str(self._model.decode(list(ids), skip_special_tokens=True)).encode()
-        return b"".join([self._bytes[i] for i in ids])
+        return b"".join(map(self._bytes.__getitem__, ids))
 
     def save(self, directory: Path) -> None:
         super().save(directory)

@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 
 import torch
 
-from mamba_pretrain.config import ConfigError
+from mamba_pretrain.config import AUTO, ConfigError
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the run saved itself on a signal; start it again to go on
 EXIT_HUNG = 4  # no progress for train.hang_minutes: every rank has written its stacks
@@ -43,6 +43,14 @@ def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
         raise ConfigError([f"this is rank {local_rank} of its host, which has {torch.cuda.device_count()} GPU(s)"])
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """auto is bf16 where the device has its products, else fp32, which is faster than emulation. May raise as below."""
+    if name == AUTO:
+        return "bf16" if bf16_is_native(device) else "fp32"
+    check_precision(name, device)
+    return name
 
 
 def check_precision(precision: str, device: torch.device) -> None:

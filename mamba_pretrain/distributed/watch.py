@@ -35,7 +35,7 @@ class Watch(AbstractContextManager["Watch"]):
 
     def __init__(self, ranks: Ranks, hang_minutes: float, run_dir: Path, preemption: Preemption) -> None:
         self.ranks, self.hang_s, self.run_dir, self.preemption = ranks, 60 * hang_minutes, run_dir, preemption
-        self._last = time.monotonic()
+        self._last, self._allowed_s = time.monotonic(), self.hang_s
         self._ended = threading.Event()
         self._launchers = launchers(os.getppid()) if ranks.world > 1 else []
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -56,13 +56,13 @@ class Watch(AbstractContextManager["Watch"]):
 
     def beat(self, patience: float = 1) -> None:
         """Says that the run goes on, and that the next beat will come within `patience` times hang_minutes."""
-        self._last = time.monotonic() + (patience - 1) * self.hang_s
+        self._last, self._allowed_s = time.monotonic(), patience * self.hang_s
         if self.hang_s and self.ranks.world > 1:
             faulthandler.dump_traceback_later((patience + 0.5) * self.hang_s + 10, exit=True)
 
     def _run(self) -> None:
         while not self._ended.wait(INTERVAL_S):
-            if self.hang_s and time.monotonic() - self._last > self.hang_s:
+            if self.hang_s and time.monotonic() - self._last > self._allowed_s:
                 self._end_hung()
             if self._launchers and any(parent_of(pid) != parent for pid, parent in self._launchers):
                 self.preemption.request("the launcher is gone")
@@ -80,8 +80,8 @@ class Watch(AbstractContextManager["Watch"]):
         except OSError as error:
             path = Path(f"nowhere ({error})")
         print(
-            f"{who} has not got on for {self.hang_s:g} s, so the run ends. The stacks of its threads, also in {path} "
-            "(the rank to look at is the one that does not wait for the others):",
+            f"{who} has not got on for {self._allowed_s:g} s, so the run ends. The stacks of its threads, also in "
+            f"{path} (the rank to look at is the one that does not wait for the others):",
             file=sys.stderr,
             flush=True,
         )

@@ -101,7 +101,7 @@ def _zero(config: Config, world: int, held: MicroBatch) -> tuple[Moment, dict[st
     derived = deepspeed_config(config, world)["zero_optimization"]
     bucket, stage = 4 * int(derived["reduce_bucket_size"]), config.zero.stage
     mine = 0 if config.zero.offload_optimizer else part  # of one of Adam's tensors, on the device
-    copied = max(min(bucket, p), held.head)  # what is larger than a bucket is reduced by itself
+    copied = min(bucket, p)
     tied = 2 * held.head if config.model.tie_embeddings else 0
     again = held.head if config.accumulation(world) > 1 else 0
     if stage == 3:
@@ -131,7 +131,7 @@ def _zero(config: Config, world: int, held: MicroBatch) -> tuple[Moment, dict[st
         during["reduced"] = {"gradients": p + reduced, "buckets": bucket}
     else:
         during["reduce"] = {"gradients": before + reduced, "buckets": bucket + copied}
-        during["end"] = {"gradients": before + reduced + max(held.head + tied, copied), "buckets": bucket}
+        during["end"] = {"gradients": before + reduced + held.head + tied, "buckets": bucket}
     during["update"] = {"gradients": reduced + mine}
     staging = 0 if mine else held.head  # on the way to the CPU, a buffer for the largest gradient
     return {"parameters": p, "optimizer": 3 * mine, "buckets": staging}, during

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import sys
 from collections import Counter
@@ -15,44 +14,9 @@ import pytest
 from data_prep.corpus import Corpus, split_of, split_rule
 from data_prep.streams import CorpusError
 from tests.helpers.corpora import make_documents, write_jsonl
+from tests.helpers.inputs import jsonl_bytes, save_dataset, save_dataset_dict, write_bytes, write_parquet, write_zst
 
 DOCUMENTS = ["first\nline two", "  \u00e9 \U0001f600\t", "third"]
-
-
-def jsonl_bytes(documents: list[str], key: str = "text") -> bytes:
-    return "".join(json.dumps({key: text, "other": 1}) + "\n" for text in documents).encode()
-
-
-def write_parquet(path: Path, documents: list[object], key: str = "text") -> Path:
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    pq.write_table(pa.table({key: documents, "other": list(range(len(documents)))}), path)
-    return path
-
-
-def write_zst(path: Path, content: bytes, frames: int = 1) -> Path:
-    zstandard = pytest.importorskip("zstandard")
-    size = -(-len(content) // frames)
-    parts = (content[i * size : (i + 1) * size] for i in range(frames))
-    path.write_bytes(b"".join(zstandard.ZstdCompressor().compress(part) for part in parts))
-    return path
-
-
-def save_dataset(path: Path, documents: list[str]) -> Path:
-    pytest.importorskip("datasets").Dataset.from_dict({"text": documents}).save_to_disk(str(path))
-    return path
-
-
-def save_dataset_dict(path: Path, documents: list[str]) -> Path:
-    datasets = pytest.importorskip("datasets")
-    halves = {"a": documents[:1], "b": documents[1:]}
-    parts = {name: datasets.Dataset.from_dict({"text": half}) for name, half in halves.items()}
-    datasets.DatasetDict(parts).save_to_disk(str(path))
-    return path
-
-
-def write_bytes(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
 
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
@@ -211,7 +175,7 @@ def test_pipes_are_refused_rather_than_waited_for(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="/dev/null is a pipe or a device"):
         Corpus(["/dev/null"])
     write_jsonl(tmp_path / "b.jsonl", ["b"])
-    assert [path.name for path in Corpus([tmp_path]).ignored] == ["a.jsonl"]
+    assert [Path(path).name for path in Corpus([tmp_path]).ignored] == ["a.jsonl"]
 
 
 def test_one_file_under_two_names_is_refused(tmp_path: Path) -> None:
@@ -227,7 +191,7 @@ def test_a_link_back_up_is_not_followed(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["a"])
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "loop").symlink_to(tmp_path)
-    assert Corpus([tmp_path]).files == [path]
+    assert Corpus([tmp_path]).files == [str(path)]
 
 
 def test_directories_are_read_in_sorted_order_and_say_what_they_ignore(tmp_path: Path) -> None:
@@ -236,7 +200,7 @@ def test_directories_are_read_in_sorted_order_and_say_what_they_ignore(tmp_path:
         write_jsonl(tmp_path / name, [name])
     corpus = Corpus([tmp_path])
     assert [document.text for document in corpus] == ["a.jsonl", "b/1.jsonl", "b/2.jsonl"]
-    assert [path.name for path in corpus.ignored] == [".hidden.jsonl", "README.md", "notes.parquet.gz"]
+    assert [Path(path).name for path in corpus.ignored] == [".hidden.jsonl", "README.md", "notes.parquet.gz"]
 
 
 def test_inputs_that_are_nothing_are_refused(tmp_path: Path) -> None:

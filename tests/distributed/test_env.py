@@ -8,7 +8,7 @@ import torch
 
 from mamba_pretrain.config import ConfigError
 from mamba_pretrain.distributed import env
-from mamba_pretrain.distributed.env import Preemption, autocast, check_precision, resolve_device
+from mamba_pretrain.distributed.env import Preemption, autocast, check_precision, resolve_device, resolve_precision
 
 CPU = torch.device("cpu")
 
@@ -29,6 +29,15 @@ def test_a_precision_without_matrix_products_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr(env, "fp16_is_native", lambda device: True)
     for precision in ("fp32", "bf16", "fp16"):
         check_precision(precision, CPU)
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_auto_is_bf16_where_the_device_multiplies_in_it(
+    native: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(env, "bf16_is_native", lambda device: native)
+    assert resolve_precision("auto", CPU) == expected
+    assert resolve_precision("bf16", CPU) == "bf16", "what is asked for by name is not changed"
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])

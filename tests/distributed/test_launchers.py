@@ -45,6 +45,15 @@ def srun_environment(rank: int, world: int, port: int) -> dict[str, str]:
     }
 
 
+def srun(stack: contextlib.ExitStack, words: list[str], directory: Path, port: int) -> list[Launched]:
+    """Two tasks, as srun would start them."""
+    command = [sys.executable, "launch/train.py", *words]
+    return [
+        stack.enter_context(Launched(command, directory / f"log{rank}", srun_environment(rank, 2, port)))
+        for rank in range(2)
+    ]
+
+
 @pytest.mark.parametrize(
     "start", [[BIN / "torchrun", "--standalone", "--nproc-per-node=2"], TORCHRUN], ids=["plain", "ours"]
 )
@@ -67,18 +76,8 @@ def test_the_deepspeed_cli(dataset: Path, finished: Path, tmp_path: Path, option
 
 def test_the_environment_of_srun(dataset: Path, finished: Path, tmp_path: Path) -> None:
     words = train_words(dataset, tmp_path / "run", "train.engine=fsdp")
-    port = free_port()
     with contextlib.ExitStack() as stack:
-        tasks = [
-            stack.enter_context(
-                Launched(
-                    [sys.executable, "launch/train.py", *words],
-                    tmp_path / f"log{rank}",
-                    srun_environment(rank, 2, port),
-                )
-            )
-            for rank in range(2)
-        ]
+        tasks = srun(stack, words, tmp_path, free_port())
         assert [task.wait() for task in tasks] == [0, 0], tasks[0].said
     same_losses(tmp_path / "run", finished)
 
@@ -87,16 +86,7 @@ def test_a_taken_port_ends_every_rank_with_a_message(dataset: Path, tmp_path: Pa
     words = train_words(dataset, tmp_path / "run", "train.engine=fsdp")
     with contextlib.ExitStack() as stack:
         port = stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
-        tasks = [
-            stack.enter_context(
-                Launched(
-                    [sys.executable, "launch/train.py", *words],
-                    tmp_path / f"log{rank}",
-                    srun_environment(rank, 2, port),
-                )
-            )
-            for rank in range(2)
-        ]
+        tasks = srun(stack, words, tmp_path, port)
         assert [task.wait() for task in tasks] == [2, 2]
         assert all("another process listens there, perhaps an earlier run" in task.said for task in tasks)
 
@@ -132,6 +122,26 @@ def test_a_signal_before_the_first_step_is_a_preemption_too(dataset: Path, tmp_p
     with Launched([*TORCHRUN, "-m", "launch.train", *words], tmp_path / "log") as launched:
         launched.until(lambda: len(launched.ranks()) == 2)
         launched.process.terminate()
+        assert launched.wait() == EXIT_PREEMPTED, launched.said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_the_launcher_loads_is_a_preemption_too(
+    number: signal.Signals, dataset: Path, tmp_path: Path
+) -> None:
+    """Once or twice, as a second Ctrl-C."""
+    words = train_words(dataset, tmp_path / "run", "train.engine=fsdp")
+    with Launched([*TORCHRUN, "-m", "launch.train", *words], tmp_path / "log") as launched:
+        caught = Path(f"/proc/{launched.process.pid}/status")
+
+        def handled() -> bool:
+            mask = next(line for line in caught.read_text().splitlines() if line.startswith("SigCgt"))
+            return bool(int(mask.split()[1], 16) >> (signal.SIGUSR1 - 1) & 1)
+
+        launched.until(handled)
+        assert not launched.ranks()
+        for _ in range(2):
+            launched.process.send_signal(number)
         assert launched.wait() == EXIT_PREEMPTED, launched.said
 
 

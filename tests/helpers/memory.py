@@ -18,11 +18,13 @@ from torch.utils._pytree import tree_leaves
 from mamba_pretrain import config as config_module
 from mamba_pretrain.config import Config
 from mamba_pretrain.distributed.engines import make_engine
-from mamba_pretrain.distributed.env import autocast
+from mamba_pretrain.distributed.env import autocast, resolve_precision
 from mamba_pretrain.distributed.ranks import ALONE, Ranks
 from mamba_pretrain.model.lm import MambaLM
 
 CPU = torch.device("cpu")
+# For steps that are really taken at sizes that matter: emulated products take minutes each.
+PRECISION = f"train.precision={resolve_precision('auto', CPU)}"
 ENGINES = {  # name: (ranks, options)
     "single": (1, ["train.engine=single"]),
     "zero-1": (2, ["train.engine=zero", "zero.stage=1"]),

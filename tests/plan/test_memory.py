@@ -2,6 +2,7 @@
 
 Two measures. Bytes of tensors alive are exact, the same on every machine and at any size: most cases compare those.
 Resident memory is what the system counts, an operation's own buffers included; it takes large models, and minutes.
+Both are taken in bf16, and in fp32 where bf16 is emulated.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import pytest
 
 from mamba_pretrain.plan.memory import moments, peak
-from tests.helpers.memory import ENGINES, live_peak, resident_peak, step_config
+from tests.helpers.memory import ENGINES, PRECISION, live_peak, resident_peak, step_config
 from tests.helpers.processes import on_ranks
 
 SIZES = {
@@ -40,7 +41,7 @@ slow = pytest.mark.slow
 def test_the_peak_is_that_of_the_tensors_alive(engine: str, size: str, micro_batches: int, options: list[str]) -> None:
     world, words = ENGINES[engine]
     rows, length, shape = SIZES[size]
-    config = step_config(world, rows, length, *shape, *words, *options, micro_batches=micro_batches)
+    config = step_config(world, rows, length, *shape, *words, PRECISION, *options, micro_batches=micro_batches)
     found = max(on_ranks(world, live_peak, config, timeout_s=600))
     assert sum(peak(config, world, "native")[1].values()) == pytest.approx(found, rel=0.06), moments(
         config, world, "native"
@@ -55,6 +56,6 @@ def test_the_peak_is_that_of_the_tensors_alive(engine: str, size: str, micro_bat
 def test_the_peak_is_that_of_the_process(engine: str, micro_batches: int, options: list[str]) -> None:
     world, words = ENGINES[engine]
     rows, length, shape = SIZES["large"]
-    config = step_config(world, rows, length, *shape, *words, *options, micro_batches=micro_batches)
+    config = step_config(world, rows, length, *shape, *words, PRECISION, *options, micro_batches=micro_batches)
     found = max(on_ranks(world, resident_peak, config, timeout_s=900))
     assert sum(peak(config, world, "native")[1].values()) == pytest.approx(found, rel=0.1)

@@ -6,7 +6,7 @@ import pytest
 
 from mamba_pretrain.config import Config
 from mamba_pretrain.plan.traffic import collectives
-from tests.helpers.memory import ENGINES, counted_collectives, step_config
+from tests.helpers.memory import ENGINES, PRECISION, counted_collectives, step_config
 from tests.helpers.processes import on_ranks
 
 SHAPE = ["model.d_model=64", "model.n_layer=4", "model.vocab_size=1000"]
@@ -18,7 +18,7 @@ WHOLE = BLOCKS + ROOT
 
 
 def config_of(engine: str, world: int, micro_batches: int, *options: str) -> Config:
-    return step_config(world, 1, 32, *SHAPE, *ENGINES[engine][1], *options, micro_batches=micro_batches)
+    return step_config(world, 1, 32, *SHAPE, *ENGINES[engine][1], PRECISION, *options, micro_batches=micro_batches)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,67 @@
+"""Batches of packed, shuffled rows in a process of its own: the trainer's, and what bare numpy takes for the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.machine import own_mib
+from mamba_pretrain.data.dataset import open_split
+from mamba_pretrain.data.loader import Batch, WindowDataset, batches
+
+SEED = 0
+
+
+class Side:
+    """What loading and starting ask of each alternative; `open` and `run` return the tokens that were read."""
+
+    def own_mib(self) -> float:
+        return own_mib()
+
+
+class Ours(Side):
+    """What `mamba_pretrain.train` iterates over, read in this process."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        self.batches: Iterator[Batch]
+
+    def open(self, directory: str, length: int, rows: int) -> int:
+        """Reads the first batch, too."""
+        shard, manifest = open_split(directory, "train")
+        dataset = WindowDataset(shard, length, SEED, manifest.tokenizer.vocab_size)
+        self.batches = batches(dataset, micro_batch_size=rows, first_sample=0, rank=0, world=1, workers=0)
+        return self.run(1)
+
+    def run(self, count: int) -> int:
+        return sum(next(self.batches)["input_ids"].numel() for _ in range(count))
+
+
+class Gather(Side):
+    """Inputs and labels of rows in shuffled order, copied from a memory map into the same two arrays again and again.
+
+    It knows no documents, checks nothing, and has its order at hand.
+    """
+
+    def __init__(self) -> None:
+        self.next = 0
+
+    def open(self, directory: str, length: int, rows: int) -> int:
+        self.tokens = np.asarray(np.memmap(Path(directory) / "train.bin", np.uint16, mode="r"))
+        self.length = length
+        self.inputs, self.labels = np.zeros((rows, length), np.int64), np.zeros((rows, length), np.int64)
+        self.order = np.random.default_rng(SEED).permutation((self.tokens.size - 1) // length).tolist()
+        return self.run(1)
+
+    def run(self, count: int) -> int:
+        tokens, length, inputs, labels = self.tokens, self.length, self.inputs, self.labels
+        for _ in range(count):
+            for row in range(len(inputs)):
+                start = self.order[self.next % len(self.order)] * length
+                inputs[row] = tokens[start : start + length]
+                labels[row] = tokens[start + 1 : start + length + 1]
+                self.next += 1
+        return count * inputs.size

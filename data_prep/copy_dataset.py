@@ -1,0 +1,120 @@
+"""A dataset directory from any fsspec URL to local disk: training maps its shards into memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+from tqdm import tqdm
+
+from data_prep.registries import FetchError
+from data_prep.streams import filesystem
+from data_prep.workspace import reveal, workspace
+from mamba_pretrain.data.manifest import MANIFEST, Manifest
+from mamba_pretrain.files import BLOCK_BYTES
+
+REQUESTS: Final = 8  # at a time: object stores give one request a fraction of the line. 128 MB of blocks are in flight
+
+
+def copy_dataset(url: str, output: Path) -> Manifest:
+    """Copies what the manifest at `url` names to the directory `output`, which appears when every hash is right.
+
+    A file that is not whole goes on where it broke off. An `output` that is the same dataset is left as it is: by the
+    manifest, and by the sizes of the files (verify_shards reads them). Raises FetchError.
+    """
+    remote, root = filesystem(url.rstrip("/"))
+    raw = _read(remote, f"{root}/{MANIFEST}", url)
+    if output.exists():
+        if (output / MANIFEST).is_file() and (output / MANIFEST).read_bytes() == raw:
+            print(f"{output}: was complete already")
+            return Manifest.read(output)
+        raise FetchError(f"{output} exists and is not the dataset at {url}: choose another directory")
+    with workspace(output, FetchError) as part:
+        result = part / "result"
+        result.mkdir(exist_ok=True)
+        if (result / MANIFEST).is_file() and (result / MANIFEST).read_bytes() != raw:
+            print(f"warning: the dataset at {url} changed since the copy began: it begins anew", file=sys.stderr)
+            for path in result.iterdir():
+                path.unlink()
+        (result / MANIFEST).write_bytes(raw)
+        manifest = Manifest.read(result)
+        for name, sha256 in _files(manifest, url).items():
+            if not (result / name).is_file():
+                _copy(remote, f"{root}/{name}", result / name, sha256)
+        reveal(result, output)
+    print(f"{output}: complete, every sha256 is right")
+    return manifest
+
+
+def _files(manifest: Manifest, url: str) -> dict[str, str]:
+    files = {name: file.sha256 for split in manifest.splits.values() for name, file in split.files.items()}
+    files[manifest.tokenizer.file] = manifest.tokenizer.sha256
+    for name in files:
+        if name != os.path.basename(name) or name in ("", ".", "..", MANIFEST):
+            raise FetchError(f"the manifest at {url} names the file {name!r}, which is not one of its directory")
+    return files
+
+
+def _copy(remote: Any, source: str, path: Path, sha256: str) -> None:
+    begun = path.with_name(path.name + ".begun")
+    size = _reported(remote.size, source, source)
+    done = begun.stat().st_size if begun.exists() else 0
+    digest = hashlib.sha256()
+    with tqdm(total=size, unit="B", unit_scale=True, disable=None, desc=path.name) as bar, begun.open("ab+") as stream:
+        stream.seek(0)
+        while block := stream.read(BLOCK_BYTES):
+            digest.update(block)
+        bar.update(done)
+        for block in _blocks(remote, source, done, size):
+            digest.update(block)
+            stream.write(block)
+            bar.update(len(block))
+    if digest.hexdigest() != sha256:
+        begun.unlink()
+        raise FetchError(
+            f"{source} has sha256 {digest.hexdigest()[:12]}, its manifest says {sha256[:12]}: it changed after the "
+            "manifest was written, or the copy was damaged on the way. Run the command again; if that gives the same, "
+            "the dataset at the source is damaged"
+        )
+    begun.rename(path)
+
+
+def _blocks(remote: Any, source: str, first: int, size: int) -> Iterator[bytes]:
+    """The bytes from `first` on, in order, with several requests under way and no more blocks than these in memory."""
+    starts = iter(range(first, size, BLOCK_BYTES))
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        ahead: deque[Future[bytes]] = deque()
+        try:
+            while True:
+                while len(ahead) < REQUESTS and (start := next(starts, None)) is not None:
+                    stop = min(start + BLOCK_BYTES, size)
+                    ahead.append(pool.submit(remote.cat_file, source, start=start, end=stop))
+                if not ahead:
+                    return
+                yield _reported(ahead.popleft().result, source)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _read(remote: Any, path: str, url: str) -> bytes:
+    try:
+        return bytes(remote.cat_file(path))
+    except FileNotFoundError as error:
+        raise FetchError(f"there is no dataset at {url}: it would hold a {MANIFEST}") from error
+    except Exception as error:  # each file system has its own
+        raise FetchError(f"{url} cannot be read: {error!r}") from error
+
+
+def _reported(call: Any, source: str, *arguments: Any) -> Any:
+    try:
+        return call(*arguments)
+    except Exception as error:  # each file system has its own
+        raise FetchError(
+            f"{source} cannot be read: {error!r}. What is here so far is kept; run the command again to go on"
+        ) from error

@@ -1,0 +1,306 @@
+"""A part of a dataset: what one worker makes of some units of the input, in three files.
+
+NUMBER.tokens       the token ids of its documents, one after the other, in the dataset's dtype
+NUMBER.documents    a ROW for each of them, in the same order
+NUMBER.json         counts; written last, so a part that has it is whole
+
+Documents of one split keep the corpus's order; splits take turns every few megabytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import struct
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import BinaryIO, Final
+
+import numpy as np
+
+from data_prep.corpus import Corpus, split_of
+from data_prep.plan import Plan, name_of
+from data_prep.records import Document
+from data_prep.store import DRAFT, Store
+from data_prep.streams import CorpusError, UnreadableError
+from mamba_pretrain.data.manifest import from_json
+from mamba_pretrain.data.shards import ShardError
+from mamba_pretrain.data.tokenizer import Tokenizer, TokenizerError
+from mamba_pretrain.data.writer import MAX_TOKENS, token_dtype
+from mamba_pretrain.files import DISK_FULL
+
+ROW: Final = np.dtype(
+    [
+        ("hash", "<u8", (2,)),  # blake2b-128 of the UTF-8 text
+        ("text_bytes", "<i8"),
+        ("words", "<i8"),
+        ("tokens", "<i4"),  # with bos and eod
+        ("split", "u1"),  # which one of the split rule's
+        ("lossy", "u1"),  # 1: does not decode back to its own bytes
+    ]
+)
+PACK: Final = struct.Struct("<16sqqiBB").pack
+BATCH_CHARACTERS: Final = 1 << 18  # given to the tokenizer at a time
+BATCH_DOCUMENTS: Final = 1024
+BUFFER_BYTES: Final = 1 << 22  # of tokens, before they are written
+REPORT_S: Final = 1.0
+
+
+@dataclass
+class Counts:
+    """NUMBER.json"""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    skipped: int = 0
+    empty: int = 0
+    too_short: int = 0
+    too_long: int = 0
+    left_out: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Task:
+    part: int
+    left_out: dict[int, str] = field(default_factory=dict)  # units not to read, and why
+
+
+@dataclass(frozen=True)
+class Progress:
+    unit: int  # the one that is being read
+    documents: int
+    tokens: int
+    text_bytes: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    reason: str
+    disk_full: bool = False
+
+
+class PartWriter:
+    """Encodes documents in batches and writes them as they come."""
+
+    def __init__(self, tokens: BinaryIO, rows: BinaryIO, tokenizer: Tokenizer, plan: Plan) -> None:
+        self.counts = Counts()
+        self._files = rows, tokens
+        self._tokenizer, self._plan = tokenizer, plan
+        self._splits = tuple(plan.split_rule.fractions)
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._code = "H" if self._dtype.itemsize == 2 else "i"
+        self._bos = np.array([tokenizer.bos_id] * plan.adds_bos, self._dtype).tobytes()
+        self._eod = np.array([tokenizer.eod_id], self._dtype).tobytes()
+        self._batch: list[tuple[Document, bytes]] = []
+        self._characters = 0
+        self._buffers = [(bytearray(), bytearray()) for _ in self._splits]  # rows, tokens
+
+    def add(self, document: Document) -> None:
+        utf8 = document.text.encode()
+        if not utf8:
+            self.counts.empty += 1
+        elif len(utf8) < self._plan.min_bytes:
+            self.counts.too_short += 1
+        elif self._plan.max_bytes and len(utf8) > self._plan.max_bytes:
+            self.counts.too_long += 1
+        else:
+            self._batch.append((document, utf8))
+            self._characters += len(document.text)
+            if self._characters >= BATCH_CHARACTERS or len(self._batch) >= BATCH_DOCUMENTS:
+                self._encode()
+
+    def flush(self) -> None:
+        if self._batch:
+            self._encode()
+        self._write()
+
+    def mark(self) -> tuple[Counts, int, int]:
+        """A point to which `rewind` goes back; right after `flush` only."""
+        rows, tokens = self._files
+        return dataclasses.replace(self.counts, left_out=list(self.counts.left_out)), rows.tell(), tokens.tell()
+
+    def rewind(self, mark: tuple[Counts, int, int]) -> None:
+        self.counts, *ends = mark
+        self._batch, self._characters = [], 0
+        for buffers in self._buffers:
+            for buffer in buffers:
+                buffer.clear()
+        for file, end in zip(self._files, ends, strict=True):
+            file.seek(end)
+            file.truncate()
+
+    def _encode(self) -> None:
+        batch, self._batch, self._characters = self._batch, [], 0
+        encoded = self._tokenizer.encode_batch([document.text for document, _ in batch])
+        begins = [len(tokens) for _, tokens in self._buffers]
+        gives_back, rule, extra = self._tokenizer.gives_back, self._plan.split_rule, 1 + self._plan.adds_bos
+        n_tokens = n_bytes = split = 0
+        for (document, utf8), ids in zip(batch, encoded, strict=True):
+            length = len(ids) + extra
+            if length > MAX_TOKENS:
+                raise ShardError(
+                    f"{document.source}:{document.line}: a document of {length:,} tokens; the format holds at most "
+                    f"{MAX_TOKENS:,} in one: cut it, or leave it out with --max-bytes"
+                )
+            if len(self._splits) > 1:
+                split = self._splits.index(split_of(utf8, rule))
+            rows, tokens = self._buffers[split]
+            try:
+                tokens += self._bos
+                tokens += self._bytes_of(ids)
+                tokens += self._eod
+                lossy = not gives_back(ids, utf8)
+            except (OverflowError, IndexError):
+                raise self._outside(document, ids) from None
+            digest = blake2b(utf8, digest_size=16).digest()
+            rows += PACK(digest, len(utf8), len(document.text.split()), length, split, lossy)
+            n_tokens += length
+            n_bytes += len(utf8)
+        self.counts.documents += len(batch)
+        self.counts.tokens += n_tokens
+        self.counts.text_bytes += n_bytes
+        self._require_known(batch, encoded, begins)
+        if sum(len(tokens) for _, tokens in self._buffers) >= BUFFER_BYTES:
+            self._write()
+
+    def _require_known(
+        self, batch: list[tuple[Document, bytes]], encoded: Sequence[Sequence[int]], begins: list[int]
+    ) -> None:
+        """One look at all new ids for the vocabulary, and at each document's only if there are others."""
+        for begin, (_, tokens) in zip(begins, self._buffers, strict=True):
+            new = np.frombuffer(tokens, self._dtype)[begin // self._dtype.itemsize :]
+            if new.size and (new.max() >= self._tokenizer.vocab_size or new.min() < 0):
+                raise next(
+                    self._outside(document, ids)
+                    for (document, _), ids in zip(batch, encoded, strict=True)
+                    if min(ids, default=0) < 0 or max(ids, default=0) >= self._tokenizer.vocab_size
+                )
+
+    def _bytes_of(self, ids: Sequence[int]) -> bytes | array[int]:
+        if isinstance(ids, bytes):
+            return np.frombuffer(ids, np.uint8).astype(self._dtype).tobytes()
+        return array(self._code, ids)
+
+    def _outside(self, document: Document, ids: Sequence[int]) -> ShardError:
+        size = self._tokenizer.vocab_size
+        wrong = next(i for i in ids if not 0 <= i < size)
+        return ShardError(
+            f"{document.source}:{document.line}: the tokenizer gives id {wrong}, its vocabulary has {size:,}: its file "
+            "is damaged, or of a version that the installed library does not know"
+        )
+
+    def _write(self) -> None:
+        for buffers in self._buffers:
+            for file, buffer in zip(self._files, buffers, strict=True):
+                file.write(buffer)
+                buffer.clear()
+
+
+def write_part(
+    task: Task, report: Callable[[Progress], None], *, corpus: Corpus, plan: Plan, store: Store, tokenizer: Tokenizer
+) -> Counts | Failed:
+    """Makes the part and puts it into the store, or says why not; then nothing of it is there."""
+    drafts = {kind: store.draft(f"{task.part:06d}.{kind}") for kind in ("documents", "tokens")}
+    try:
+        with (
+            drafts["tokens"].open("wb") as tokens,
+            drafts["documents"].open("wb") as rows,
+        ):
+            writer = PartWriter(tokens, rows, tokenizer, plan)
+            for unit in plan.units_of(task.part):
+                report(_progress(unit, writer))
+                if unit in task.left_out:
+                    writer.counts.left_out.append(task.left_out[unit])
+                else:
+                    _read_unit(unit, writer, report, corpus, plan)
+        for kind, draft in drafts.items():
+            store.add(draft, f"{task.part:06d}.{kind}")
+        store.write(f"{task.part:06d}.json", json.dumps(dataclasses.asdict(writer.counts)).encode())
+        return writer.counts
+    except (CorpusError, ShardError, TokenizerError) as error:
+        return Failed(str(error))
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            return Failed(f"{os.strerror(error.errno)}: {error.filename or drafts['tokens'].parent}", disk_full=True)
+        return Failed(f"{plan.name_of(task.part)}: {error}")
+    finally:
+        for draft in drafts.values():
+            draft.unlink(missing_ok=True)
+
+
+def _read_unit(unit: int, writer: PartWriter, report: Callable[[Progress], None], corpus: Corpus, plan: Plan) -> None:
+    planned, mark, due = plan.units[unit], writer.mark(), time.monotonic() + REPORT_S
+    try:
+        for record in corpus.records(planned):
+            if isinstance(record, Document):
+                writer.add(record)
+            elif corpus.on_error == "stop":
+                raise corpus.refusal(planned, record)
+            else:
+                writer.counts.skipped += 1
+            if time.monotonic() >= due:
+                report(_progress(unit, writer))
+                due = time.monotonic() + REPORT_S
+        writer.flush()
+    except UnreadableError as error:
+        if corpus.on_error != "skip-files":
+            raise
+        writer.rewind(mark)
+        writer.counts.left_out.append(left_out(name_of(planned), str(error)))
+
+
+def left_out(unit: str, reason: str) -> str:
+    """An entry of the manifest's list."""
+    return reason if reason.startswith(unit) else f"{unit}: {reason}"
+
+
+def _progress(unit: int, writer: PartWriter) -> Progress:
+    return Progress(unit, writer.counts.documents, writer.counts.tokens, writer.counts.text_bytes)
+
+
+def finished(store: Store, plan: Plan) -> dict[int, Counts]:
+    """The parts that are there and are what the plan's --on-error would make: nothing left out unless it says so."""
+    found = {}
+    for name in sorted(store.names()):
+        number, _, kind = name.partition(".")
+        if kind != "json" or not number.isdecimal() or int(number) >= len(plan.parts):
+            continue
+        try:
+            counts = from_json(Counts, json.loads(store.read(name)), f"{store}/{name}")
+        except ValueError as error:
+            message = f"{store}/{name} is damaged ({error}): remove it, and start the same command again"
+            raise ShardError(message) from error
+        stop, skip = (plan.choices.on_error == choice for choice in ("stop", "skip"))
+        if not ((stop and counts.skipped) or ((stop or skip) and counts.left_out)):
+            found[int(number)] = counts
+    return found
+
+
+def sweep(store: Store, parts: range) -> None:
+    """Removes what killed workers were writing of `parts`. For who holds their lock."""
+    for name in store.names():
+        number, _, _ = name.partition(".")
+        if DRAFT in name and number.isdecimal() and int(number) in parts:
+            with contextlib.suppress(FileNotFoundError):
+                store.remove(name)
+
+
+def rows_of(store: Store, part: int, documents: int) -> Iterator[np.ndarray]:
+    """The part's ROWs, some at a time. Raises ShardError if there are not as many as it counted."""
+    name, n = f"{part:06d}.documents", 0
+    with store.open(name) as stream:
+        while block := stream.read(ROW.itemsize << 15):
+            rows = np.frombuffer(block, ROW)
+            n += rows.size
+            yield rows
+    if n != documents:
+        raise ShardError(
+            f"{store}/{name} has {n:,} documents, {documents:,} were counted: it changed since it was made. Remove "
+            f"{part:06d}.json and start the build again"
+        )

@@ -1,0 +1,73 @@
+"""What readers read and give: units of the input, and the records in them."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass, replace
+from typing import Final
+
+NORMALIZATIONS: Final = ("none", "NFC", "NFD", "NFKC", "NFKD")
+MAX_RECORD_BYTES: Final = 1 << 30
+
+
+@dataclass(frozen=True)
+class Document:
+    text: str
+    source: str
+    line: int  # where it begins: line, row or record, from 1; in a unit that starts within a text file, of that unit
+
+
+@dataclass(frozen=True)
+class Invalid:
+    reason: str
+    source: str
+    line: int
+
+
+Record = Document | Invalid
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of one input that can be read by itself.
+
+    `start` and `stop` count bytes of a plain .jsonl or .txt (the documents that begin there), row groups of a .parquet,
+    rows of a dataset on disk, shards of one that is read by name. Every other input is one unit.
+    """
+
+    source: str
+    start: int = 0
+    stop: int | None = None  # None: to the end
+    bytes: int = 0  # of input, for progress; of compressed and columnar files an estimate
+    source_bytes: int | None = None  # size of the whole input when this was planned; None: unknown
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How to read: all that decides which records a unit holds, and small enough to send to any process."""
+
+    text_key: str = "text"
+    txt_documents: str = "file"
+    normalization: str = "none"
+    max_record_bytes: int = MAX_RECORD_BYTES
+
+
+def finished(record: Record, reading: Reading) -> Record:
+    """The record as it is tokenized: normalized, and invalid if its text cannot be stored."""
+    if isinstance(record, Invalid):
+        return record
+    if len(record.text) > reading.max_record_bytes:
+        return too_long(record.source, record.line, reading)
+    if record.text.isascii():
+        return record
+    try:
+        record.text.encode()
+    except UnicodeEncodeError:
+        return Invalid("the text holds half of a surrogate pair, which is not a character", record.source, record.line)
+    if reading.normalization == "none":
+        return record
+    return replace(record, text=unicodedata.normalize(reading.normalization, record.text))  # type: ignore[arg-type]
+
+
+def too_long(source: str, line: int, reading: Reading) -> Invalid:
+    return Invalid(f"it has more than {reading.max_record_bytes:,} bytes (--max-record-bytes)", source, line)

@@ -1,0 +1,306 @@
+"""A build in parts: however it is divided, interrupted and continued, it ends in the same bytes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep import build_shards, merge_shards, parts
+from data_prep.build_shards import build
+from data_prep.corpus import Corpus, split_rule
+from data_prep.plan import work_of
+from data_prep.streams import CorpusError
+from mamba_pretrain.data.dataset import verify
+from mamba_pretrain.data.manifest import Manifest
+from mamba_pretrain.data.shards import ShardError
+from mamba_pretrain.data.tokenizer import BytesTokenizer
+from tests.helpers.corpora import make_documents, write_jsonl
+
+RULE = split_rule((0.7, 0.2, 0.1), seed=0)
+OPTIONS = ["--tokenizer", "bytes", "--split-fractions", "0.7", "0.2", "0.1", "--unit-bytes", "4000"]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> list[Path]:
+    """A file of many units, a compressed one, and small ones that share a part."""
+    documents = make_documents(400)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "b.jsonl.gz").write_bytes(
+        gzip.compress(write_jsonl(tmp_path / "plain", documents[:300]).read_bytes(), mtime=0)
+    )
+    for i in range(5):
+        write_jsonl(tmp_path / "in" / f"c{i}.jsonl", documents[100 + i : 101 + i])
+    return [write_jsonl(tmp_path / "in" / "a.jsonl", documents), tmp_path / "in" / "b.jsonl.gz"] + [
+        tmp_path / "in" / f"c{i}.jsonl" for i in range(5)
+    ]
+
+
+def make(inputs: list[Path], output: Path, **options: Any) -> Manifest:
+    corpus = Corpus(inputs, on_error=options.pop("on_error", "stop"))
+    return build(corpus, BytesTokenizer(), output, rule=RULE, **{"unit_bytes": 4000, **options})
+
+
+def command(inputs: list[Path], output: Path, *options: str) -> int:
+    return build_shards.main([*map(str, inputs), "--output", str(output), *OPTIONS, *options])
+
+
+def test_processes_and_units_do_not_change_a_byte(inputs: list[Path], tmp_path: Path) -> None:
+    make(inputs, tmp_path / "one", unit_bytes=1 << 20)
+    expected = contents(tmp_path / "one")
+    for name, options in {"small": {"unit_bytes": 700}, "two": {"processes": 2}}.items():
+        make(inputs, tmp_path / name, **options)
+        assert contents(tmp_path / name) == expected
+        assert not work_of(tmp_path / name).names()
+    assert verify(tmp_path / "one") == []
+    assert Manifest.read(tmp_path / "one").selection.duplicates == 305
+
+
+def test_tasks_and_a_merge_are_the_one_run(
+    inputs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(inputs, tmp_path / "one", "--processes", "1") == 0
+    output = tmp_path / "many"
+    for task in ("2/3", "0/3"):
+        assert command(inputs, output, "--task", task, "--processes", "1") == 0
+    assert "python -m data_prep.merge_shards " in capsys.readouterr().out
+    assert merge_shards.main([str(output)]) == 2
+    error = capsys.readouterr().err
+    assert "parts are missing" in error and f"- part 1 ({inputs[0]} [4,0" in error
+    assert "start these tasks again: --task 1/3\n" in error
+    assert not output.exists()
+    assert command(inputs, output, "--task", "1/3", "--processes", "1") == 0
+    assert merge_shards.main([str(output)]) == 0
+    assert contents(output) == contents(tmp_path / "one")
+    assert not Path(f"{output}.work").exists()
+    assert merge_shards.main([str(output), "--overwrite"]) == 2
+    assert "plan.json does not exist: no build was started" in capsys.readouterr().err
+
+
+def test_the_manifest_names_what_decides_the_content(inputs: list[Path], tmp_path: Path) -> None:
+    assert command(inputs[:1], tmp_path / "data", "--drop-duplicates", "--processes", "1") == 0
+    expected = f"python -m data_prep.build_shards {inputs[0]} --tokenizer bytes --split-fractions 0.7 0.2 0.1"
+    assert Manifest.read(tmp_path / "data").command == [*expected.split(), "--drop-duplicates"]
+
+
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_kill_at_any_touch_of_the_disk_loses_nothing(inputs: list[Path], tmp_path: Path, every: int) -> None:
+    """The process kills itself at its k-th operation on a file below `out`, for all k, and is started again."""
+    make(inputs[1:], tmp_path / "whole")
+    expected, k = contents(tmp_path / "whole"), 1 - every
+    code = 0
+    while code == 0:
+        k += every
+        output = tmp_path / "out" / str(k) / "data"
+        if (child := os.fork()) == 0:
+            die_at(k, str(output.parent))
+            make(inputs[1:], output)
+            os._exit(1)
+        status = os.waitpid(child, 0)[1]
+        code = os.waitstatus_to_exitcode(status) + signal.SIGKILL
+        if output.exists():  # nothing opens that is not whole
+            assert contents(output) == expected
+        else:
+            make(inputs[1:], output)
+            assert contents(output) == expected
+            assert list(output.parent.iterdir()) == [output]
+    assert code == signal.SIGKILL + 1 and k > 60
+
+
+def die_at(k: int, below: str) -> None:
+    left = [k]
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event.startswith(("open", "os.", "shutil.")) and any(below in str(argument) for argument in arguments):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def test_finished_parts_are_not_done_again(inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(inputs, tmp_path / "whole")
+    done: list[int] = []
+
+    def spy(task: parts.Task, *arguments: Any, **options: Any) -> Any:
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        done.append(task.part)
+        return parts.write_part(task, *arguments, **options)
+
+    monkeypatch.setattr(build_shards, "write_part", spy)
+    with pytest.raises(KeyboardInterrupt, match=r"what is finished is kept in .*data.work: the same command goes on"):
+        make(inputs, tmp_path / "data")
+    first = list(done)
+    done[:] = []
+    with pytest.raises(KeyboardInterrupt):
+        make(inputs, tmp_path / "data")
+    monkeypatch.setattr(build_shards, "write_part", parts.write_part)
+    make(inputs, tmp_path / "data")
+    assert not set(first) & set(done)
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+
+
+def test_a_bad_file_fails_alone_and_may_be_left_out_later(
+    inputs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, bad = tmp_path / "data", inputs[1]
+    bad.write_bytes(bad.read_bytes()[:-100])
+    with inputs[3].open("a") as stream:
+        stream.write("{bad\n")
+    assert command(inputs, output, "--processes", "1") == 2
+    error = capsys.readouterr().err
+    assert "parts failed:" in error and "b.jsonl.gz is damaged" in error and "c1.jsonl:2: not JSON" in error
+    assert "start the same command again, and these alone are done again" in error
+    assert "what is finished is kept in" in error and not output.exists()
+    assert command(inputs, output, "--processes", "1", "--on-error", "skip") == 2
+    assert "1 of " in (error := capsys.readouterr().err) and "c1.jsonl" not in error
+    assert command(inputs, output, "--processes", "1", "--on-error", "skip-files") == 0
+    manifest = Manifest.read(output)
+    (left_out,) = manifest.selection.left_out
+    assert left_out.startswith(f"{bad} is damaged after line") and manifest.skipped_records == 1
+    assert sum(info.documents for info in manifest.splits.values()) == 405  # nothing of the damaged file
+    assert f"left out, it could not be read: {bad}" in capsys.readouterr().out
+    assert command(inputs, tmp_path / "again", "--processes", "2", "--on-error", "skip-files") == 0
+    assert contents(tmp_path / "again") == contents(output)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"min_bytes": 5}, "min_bytes was 0, is 5"),
+        ({"unit_bytes": 5000}, "unit_bytes was 4000, is 5000"),
+        ({"add_bos": False}, "adds_bos was True, is False"),
+        ({"rule": split_rule((1, 0, 0), 0)}, "split_rule was .* is "),
+        ({"inputs": 3}, r"c1.jsonl was \d+ bytes, is not there; .* and 1 other inputs"),
+    ],
+)
+def test_parts_of_another_build_are_refused_by_what_differs(
+    inputs: list[Path], tmp_path: Path, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_shards, "merge", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make(inputs, tmp_path / "data")
+    chosen = inputs[: change.pop("inputs", len(inputs))]
+    with pytest.raises(ShardError, match=rf"parts of another build with this output: .*{message}.*[Ff]inish that one"):
+        build(Corpus(chosen), BytesTokenizer(), tmp_path / "data", **{"rule": RULE, "unit_bytes": 4000, **change})
+
+
+def test_a_second_run_on_one_output_is_told_who_has_it(inputs: list[Path], tmp_path: Path) -> None:
+    output = tmp_path / "data"
+    with work_of(output).lock("run.lock"):
+        with pytest.raises(ShardError, match=rf"in use by another run \(process {os.getpid()} on .* run.lock"):
+            make(inputs, output)
+        with pytest.raises(ShardError, match="in use by another run"):
+            build_shards.build_task(Corpus(inputs), BytesTokenizer(), output, task=(0, 2), processes=1, rule=RULE)
+    with work_of(output).lock("run.lock", shared=True), work_of(output).lock("task-0-of-2.lock"):
+        assert command(inputs, output, "--task", "0/2", "--processes", "1") == 2
+        assert command(inputs, output, "--task", "1/2", "--processes", "1") == 0
+        assert merge_shards.main([str(output)]) == 2
+    assert not output.exists()
+
+
+def test_two_runs_at_the_same_time_make_one_dataset(inputs: list[Path], tmp_path: Path) -> None:
+    codes: list[int] = []
+
+    def run() -> None:
+        try:
+            make(inputs, tmp_path / "data")
+            codes.append(0)
+        except ShardError as error:
+            assert "in use by another run" in str(error) or "exists" in str(error)
+            codes.append(2)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(codes) == [0, 2]
+    assert verify(tmp_path / "data") == []
+
+
+def test_duplicates_and_bounds(tmp_path: Path) -> None:
+    documents = ["one", "two", "one", "\u00e9" * 10, "x", "two", "one", "three"]
+    first, second = write_jsonl(tmp_path / "a.jsonl", documents), write_jsonl(tmp_path / "b.jsonl", ["three", "four"])
+    options: dict[str, Any] = {"rule": split_rule((1, 0, 0), 0), "unit_bytes": 20, "min_bytes": 2, "max_bytes": 19}
+    corpus, found = Corpus([first, second]), {}
+    for drop in (False, True):
+        output = tmp_path / f"{drop}"
+        manifest = build(corpus, BytesTokenizer(), output, drop_duplicates=drop, **options)
+        selection, info = manifest.selection, manifest.splits["train"]
+        assert (selection.duplicates, selection.duplicates_dropped) == (4, drop)
+        assert (selection.min_bytes, selection.max_bytes) == (2, 19)
+        assert (selection.too_short, selection.too_long) == (1, 1)
+        tokens = (output / "train.bin").read_bytes()[::2].replace(b"\0\0", b" ").decode()
+        found[drop] = tokens.strip("\0").split(), info.documents, info.text_bytes, info.words
+        assert verify(output) == []
+    assert found == {
+        False: (["one", "two", "one", "two", "one", "three", "three", "four"], 8, 29, 8),
+        True: (["one", "two", "three", "four"], 4, 15, 4),
+    }
+    with pytest.raises(ShardError, match="bounds of 5 to 2 bytes a document: no document is within them"):
+        build(corpus, BytesTokenizer(), tmp_path / "c", **{**options, "min_bytes": 5, "max_bytes": 2})
+
+
+class Wide(BytesTokenizer):
+    vocab_size = (1 << 31) + 1
+
+
+class Wrong(BytesTokenizer):
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:  # type: ignore[override]
+        return [[1, self.wrong] if "5:" in text else [1] for text in texts]
+
+    def gives_back(self, ids: object, utf8: bytes) -> bool:
+        return False
+
+    wrong = 300
+
+
+def test_a_tokenizer_whose_ids_do_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = Corpus([write_jsonl(tmp_path / "a.jsonl", make_documents(9))])
+    with pytest.raises(ShardError, match="a vocabulary of 2,147,483,649 ids: .* have at most 31 bits"):
+        build(corpus, Wide(), tmp_path / "data", rule=RULE)
+    for wrong in (300, 70_000, -1):
+        monkeypatch.setattr(Wrong, "wrong", wrong)
+        monkeypatch.setattr(build_shards, "planned_tokenizer", lambda *_: Wrong())
+        with pytest.raises(CorpusError, match=rf"a.jsonl:6: the tokenizer gives id {wrong}, its vocabulary has 257"):
+            build(corpus, Wrong(), tmp_path / "data", rule=RULE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_a_document_of_more_tokens_than_the_format_holds_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "MAX_TOKENS", 100)
+    corpus = Corpus([write_jsonl(tmp_path / "a.jsonl", ["a" * 98, "a" * 99])])
+    with pytest.raises(CorpusError, match=r"a.jsonl:2: a document of 101 tokens; .* leave it out with --max-bytes"):
+        build(corpus, BytesTokenizer(), tmp_path / "data", rule=RULE)
+
+
+def test_a_part_that_changed_is_named(inputs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "data"
+    assert command(inputs, output, "--task", "0/1", "--processes", "1") == 0
+    part = Path(f"{output}.work") / "000002.tokens"
+    whole = part.read_bytes()
+    for content, how in ((whole[:-2], "ends early"), (whole + b"..", "goes on after its last document")):
+        part.write_bytes(content)
+        assert merge_shards.main([str(output)]) == 2
+        assert f"000002.tokens {how}: it changed" in capsys.readouterr().err
+        assert not output.exists()
+    counts = part.with_suffix(".json")
+    counts.write_text(json.dumps({**json.loads(counts.read_text()), "documents": 10_000}))
+    assert merge_shards.main([str(output)]) == 2
+    assert "10,000 were counted" in capsys.readouterr().err

@@ -1,0 +1,169 @@
+"""Builds as real processes: killed, told to end, out of disk, out of workers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_prep import build_shards
+from tests.helpers.corpora import make_documents, write_jsonl
+
+ROOT = Path(__file__).parents[2]
+LIMITED = (
+    "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2);"
+    "from data_prep.build_shards import main; sys.exit(main(sys.argv[2:]))"
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", make_documents(60_000))
+
+
+@pytest.fixture(scope="module")
+def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    output = tmp_path_factory.mktemp("expected") / "data"
+    assert build_shards.main(arguments(corpus, output, "--processes", "1")) == 0
+    return contents(output)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def arguments(corpus: Path, output: Path | str, *options: str) -> list[str]:
+    return [str(corpus), "--tokenizer", "bytes", "--output", str(output), "--unit-bytes", "500000", *options]
+
+
+def start(*command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def start_build(corpus: Path, output: Path | str, *options: str) -> subprocess.Popen[str]:
+    return start("-m", "data_prep.build_shards", *arguments(corpus, output, *options))
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def children(pid: int) -> list[int]:
+    """Workers, not multiprocessing's resource tracker."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def n_parts(output: Path) -> int:
+    return len(list(Path(f"{output}.work").glob("[0-9]*.json")))
+
+
+def test_kills_of_the_parent_during_parts_and_merge(corpus: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    output = tmp_path / "out" / "data"
+    process = start_build(corpus, output, "--processes", "2")
+    wait_for(lambda: n_parts(output))
+    workers = children(process.pid)
+    process.kill()
+    process.communicate()
+    assert not output.exists() and len(workers) == 2
+    process = start_build(corpus, output, "--processes", "2")
+    wait_for(lambda: list(output.parent.glob("data.tmp-*/train.bin")) or process.poll() is not None)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not output.exists()
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    process = start_build(corpus, output, "--processes", "2")
+    assert process.communicate()[1] == "" and process.returncode == 0
+    assert contents(output) == expected
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_a_killed_worker_is_named_with_its_file_and_the_rest_goes_on(
+    corpus: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = tmp_path / "data"
+    process = start_build(corpus, output, "--processes", "2")
+    wait_for(lambda: n_parts(output) and children(process.pid))
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    error = process.communicate()[1]
+    if process.returncode == 0:
+        pytest.skip("the worker was between two parts: its death has cost nothing")
+    assert process.returncode == 2 and f" parts failed:\n- {corpus} [" in error
+    assert "the worker process was ended by SIGKILL (out of memory?)" in error
+    assert "1 of " in error and n_parts(output) > 3
+    assert build_shards.main(arguments(corpus, output, "--processes", "1")) == 0
+    assert contents(output) == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_build_told_to_end_keeps_its_parts(corpus: Path, tmp_path: Path, number: signal.Signals) -> None:
+    output = tmp_path / "out" / "data"
+    process = start_build(corpus, output, "--processes", "2")
+    wait_for(lambda: n_parts(output))
+    process.send_signal(number)
+    error = process.communicate()[1]
+    kept = f"what is finished is kept in {output}.work: the same command goes on from there\n"
+    expected = f"python -m data_prep.build_shards: interrupted, {kept}" if number == signal.SIGINT else kept
+    assert (process.returncode, error) == (128 + number, expected)
+    assert [path.name for path in output.parent.iterdir()] == ["data.work"]
+    assert not any("draft" in path.name for path in Path(f"{output}.work").iterdir())
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_disk_that_fills_up_is_named_and_room_lets_it_go_on(
+    corpus: Path, expected: dict[str, bytes], tmp_path: Path, processes: str
+) -> None:
+    output = tmp_path / "out" / "data"
+    process = start("-c", LIMITED, "100000", *arguments(corpus, output, "--processes", processes))
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and error.count("\n") == 1
+    assert "the disk is full: File too large" in error and "MB are free" in error and "make room" in error
+    assert list(output.parent.iterdir()) == []  # no part was finished: nothing is worth keeping
+    process = start("-c", LIMITED, "3000000", *arguments(corpus, output, "--processes", processes))
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 2
+    assert f"{output} was not written, the disk is full: File too large" in error
+    assert f"what is finished is kept in {output}.work" in error
+    assert [path.name for path in output.parent.iterdir()] == ["data.work"]
+    n = n_parts(output)
+    assert build_shards.main(arguments(corpus, output, "--processes", "1")) == 0
+    assert n > 3 and contents(output) == expected
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """Of the parent and of the largest worker, for a corpus and one of four times the documents."""
+    peaks = []
+    for n in (150_000, 600_000):
+        corpus, peak = write_jsonl(tmp_path / "corpus.jsonl", make_documents(n)), {"parent": 0.0, "worker": 0.0}
+        process = start_build(corpus, tmp_path / f"{n}", "--processes", "2", "--unit-bytes", "4000000")
+        while process.poll() is None:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                for role, pids in (("worker", children(process.pid)), ("parent", [process.pid])):
+                    peak[role] = max(peak[role], *map(peak_mib, pids), 0)
+            time.sleep(0.01)
+        assert process.returncode == 0, process.communicate()
+        peaks.append(peak)
+    print(peaks)
+    for role, small in peaks[0].items():
+        # The larger corpus is 60 MB of text, 120 MB of tokens, 23 MB of rows. Sorting hashes takes up to five buckets.
+        assert 0 < peaks[1][role] < small + 100
+
+
+def peak_mib(pid: int) -> float:
+    """Not ru_maxrss: that remembers the process that started this one."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) / 1024 if found else 0.0  # a process that has ended has none

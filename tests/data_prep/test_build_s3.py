@@ -1,0 +1,108 @@
+"""A build whose output is at a real S3 server, moto's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data_prep import build_shards, merge_shards
+from mamba_pretrain.data.dataset import verify
+from tests.helpers.corpora import make_documents, write_jsonl
+
+server_module = pytest.importorskip("moto.server")
+s3fs = pytest.importorskip("s3fs")
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = server_module.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    name = request.node.name.replace("_", "-")[:60]
+    s3fs.S3FileSystem().mkdir(name)
+    yield f"s3://{name}/data/pile"
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "corpus.jsonl", make_documents(3000))
+
+
+def build(corpus: Path, output: Path | str, *options: str, processes: str = "1") -> int:
+    options = ("--unit-bytes", "100000", "--processes", processes, *options)
+    return build_shards.main([str(corpus), "--tokenizer", "bytes", "--output", str(output), *options])
+
+
+def listed(url: str) -> set[str]:
+    files = s3fs.S3FileSystem()
+    files.invalidate_cache()
+    return {path.rpartition("/")[2] for path in files.glob(f"{url}/*")}
+
+
+def fetched(url: str, directory: Path) -> dict[str, bytes]:
+    s3fs.S3FileSystem().get(url, str(directory), recursive=True)
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_one_run_with_workers_uploads_the_same_dataset(corpus: Path, bucket: str, tmp_path: Path) -> None:
+    assert build(corpus, tmp_path / "local") == 0
+    assert build(corpus, bucket, processes="2") == 0
+    assert listed(f"{bucket}.work") == set()
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    assert fetched(bucket, tmp_path / "data") == expected
+    assert verify(tmp_path / "data") == []
+
+
+def test_tasks_leave_parts_and_the_merge_takes_them(
+    corpus: Path, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build(corpus, tmp_path / "local") == 0
+    assert build(corpus, bucket, "--task", "1/2") == 0
+    assert {"plan.json", "000001.json", "000001.tokens", "000001.documents"} <= listed(f"{bucket}.work")
+    assert merge_shards.main([bucket]) == 2
+    assert "--task 0/2" in capsys.readouterr().err and listed(bucket) == set()
+    assert build(corpus, bucket, "--task", "0/2") == 0
+    assert merge_shards.main([bucket]) == 0
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    assert fetched(bucket, tmp_path / "data") == expected
+    assert build(corpus, bucket) == 2
+    assert f"{bucket} exists" in capsys.readouterr().err
+
+
+def test_an_interrupted_upload_does_not_open_and_goes_on(
+    corpus: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(5, "the line is cut")
+
+    assert build(corpus, bucket) == 0
+    before = listed(bucket)
+    with monkeypatch.context() as patched:
+        patched.setattr("data_prep.merge._Target.publish", full)
+        assert build(corpus, bucket, "--overwrite") == 2
+    assert "the line is cut\nwhat is finished is kept in" in capsys.readouterr().err
+    assert "manifest.json" in before and "manifest.json" not in listed(bucket)
+    assert build(corpus, bucket, "--overwrite") == 0
+    assert listed(bucket) == before
+
+
+def test_a_bucket_that_is_not_there_is_one_message(
+    corpus: Path, bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build(corpus, "s3://nowhere/data") == 2
+    error = capsys.readouterr().err
+    assert "s3://nowhere/data" in error and error.count("\n") == 1

@@ -1,0 +1,171 @@
+"""Cleaning with the real datatrove: planted junk and near duplicates go and say why; an interrupted run goes on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datatrove.data import Document
+
+from data_prep import build_shards, clean, clean_steps
+from mamba_pretrain.data.manifest import Manifest
+
+RNG = random.Random(0)
+WORDS = ["river", "stone", "carries", "ancient", "window", "morning", "garden", "letter", "quiet", "journey", "harbor"]
+WORDS += [a + b for a in WORDS[:8] for b in ("s", "like", "less", "ward")]
+
+
+def sentence() -> str:
+    return "The " + " ".join(RNG.choices([*WORDS, "of", "and", "to", "with"], k=RNG.randint(9, 15))) + "."
+
+
+GOOD = ["\n".join(" ".join(sentence() for _ in range(3)) for _ in range(5)) for _ in range(12)]
+NEAR = GOOD[3].replace(GOOD[3].split()[7], "changed", 1) + " One more sentence."
+JUNK = {
+    "short": "Far too short, for it has fewer words than the page of any decent book would need to be worth a look, "
+    "and yet none of its words comes twice near enough that some other filter might take offence with them first.",
+    "repeated": "Buy now and save the money of the day.\n" * 40,
+    "code": GOOD[0][:200] + "\n" + "function () { return 1; }.\n" + "\n".join(sentence() for _ in range(8)),
+}
+FILTERS = ["--filters", "gopher-repetition", "gopher-quality", "c4-fineweb"]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Three formats; the near duplicate is in another file than what it repeats."""
+    directory = tmp_path / "corpus"
+    directory.mkdir()
+    (directory / "a.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in [*GOOD[:6], "", *JUNK.values()])
+    )
+    with gzip.open(directory / "b.jsonl.gz", "wt") as stream:
+        stream.writelines(json.dumps({"text": text}) + "\n" for text in [*GOOD[6:11], NEAR])
+    (directory / "c.txt").write_text(GOOD[11])
+    return directory
+
+
+def documents(directory: Path) -> list[dict[str, Any]]:
+    return [
+        json.loads(line)
+        for path in sorted(directory.glob("*.jsonl.gz"))
+        for line in gzip.decompress(path.read_bytes()).splitlines()
+    ]
+
+
+def run_clean(corpus: Path, output: Path, *options: str) -> int:
+    return clean.main([str(corpus), "--output", str(output), "--workers", "1", *options])
+
+
+def test_junk_and_near_duplicates_go_and_say_why(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "clean"
+    assert run_clean(corpus, output, *FILTERS, "--minhash") == 0
+    kept = {document["text"] for document in documents(output / "kept")}
+    assert kept - {NEAR, GOOD[3]} == set(GOOD) - {GOOD[3]}
+    assert len(kept & {NEAR, GOOD[3]}) == 1
+    assert "clean.part" not in json.dumps(documents(output / "kept"))
+    removed = {stage.name: documents(stage) for stage in (output / "removed").iterdir()}
+    assert {stage: len(found) for stage, found in removed.items()} == {
+        "gopher-repetition": 1,
+        "gopher-quality": 1,
+        "c4-fineweb": 1,
+        "minhash": 1,
+    }
+    assert removed["gopher-quality"][0]["metadata"]["filter_reason"] == "gopher_short_doc"
+    assert removed["gopher-quality"][0]["id"] == f"{corpus / 'a.jsonl'}:8"
+    assert removed["c4-fineweb"][0]["metadata"]["filter_reason"] == "curly_bracket"
+    report = json.loads((output / "report.json").read_text())
+    reader = report["stages"]["filters"]["READER: corpus"]
+    assert (reader["documents"], reader["empty"], reader["invalid"]) == (16, 1, 0)
+    assert [step["dropped"] for step in report["stages"]["minhash"].values() if "dropped" in step] == [1]
+    table = capsys.readouterr().out
+    assert "gopher_short_doc" in table and "curly_bracket" in table
+    assert not (tmp_path / "clean.part").exists()
+
+    options = ["--tokenizer", "bytes", "--output", str(tmp_path / "data"), "--split-fractions", "1", "0", "0"]
+    assert build_shards.main([str(output / "kept"), *options]) == 0
+    assert Manifest.read(tmp_path / "data").splits["train"].documents == 12
+
+
+def test_an_interrupted_run_goes_on_with_what_is_not_complete(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (corpus / "b2.jsonl").write_text("{broken\n")
+    output, part = tmp_path / "clean", tmp_path / "clean.part"
+    assert run_clean(corpus, output, *FILTERS, "--minhash") == 2
+    assert "b2.jsonl:1: not JSON" in capsys.readouterr().err
+    assert not output.exists()
+    completed = part / "result" / "logs" / "filters" / "completions"
+    assert [path.name for path in sorted(completed.iterdir())] == ["00000", "00001"]
+
+    assert run_clean(corpus, output, "--filters", "gopher-quality", "--minhash") == 2
+    assert "with other filters" in capsys.readouterr().err
+    written = {path: path.stat().st_mtime_ns for path in (part / "filtered").iterdir()}
+    (corpus / "b2.jsonl").write_text(" " * len("{broken") + "\n")
+    seen: list[str] = []
+    counts = clean._counts
+    monkeypatch.setattr(
+        clean,
+        "_counts",
+        lambda *a: seen.extend(p.name for p, t in written.items() if p.stat().st_mtime_ns == t) or counts(*a),
+    )
+    assert run_clean(corpus, output, *FILTERS, "--minhash") == 0
+    assert len(seen) == len(written)  # the tasks that were complete did not run again
+    report = json.loads((output / "report.json").read_text())
+    assert report["stages"]["filters"]["READER: corpus"]["documents"] == 16  # of both runs
+    assert len(documents(output / "kept")) == 12
+
+
+def test_filters_alone_leave_duplicates_in_place(corpus: Path, tmp_path: Path) -> None:
+    assert run_clean(corpus, tmp_path / "clean", "--filters", "gopher-quality") == 0
+    assert len(documents(tmp_path / "clean" / "kept")) == 15
+    assert not (tmp_path / "clean" / "logs" / "minhash").exists()
+
+
+@pytest.mark.parametrize("name", clean.NAMES)
+def test_every_filter_runs_without_a_network_or_a_model(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a connection was attempted")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    assert set(clean_steps.FILTERS) == set(clean.NAMES)
+    step = clean_steps.FILTERS[name](None)
+    texts = [*GOOD, *JUNK.values()]
+    assert 0 < len(list(step.run(Document(text=text, id=str(i)) for i, text in enumerate(texts)))) < len(texts)
+
+
+@pytest.mark.slow
+def test_two_workers_and_byte_ranges_give_what_one_gives(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_clean(corpus, tmp_path / "one", *FILTERS) == 0
+    units = clean.Corpus.units
+    monkeypatch.setattr(clean.Corpus, "units", lambda self: units(self, 2000))
+    assert run_clean(corpus, tmp_path / "two", *FILTERS, "--workers", "2") == 0
+    assert len(list((tmp_path / "two" / "kept").iterdir())) > 3
+    texts = [[document["text"] for document in documents(tmp_path / name / "kept")] for name in ("one", "two")]
+    assert texts[0] == texts[1]
+
+
+def test_what_cannot_be_done_is_said(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_clean(corpus, tmp_path / "clean") == 2
+    assert "give --filters, --minhash or both" in capsys.readouterr().err
+    (tmp_path / "short.txt").write_text("Too short.")
+    assert run_clean(tmp_path / "short.txt", tmp_path / "clean", *FILTERS) == 2
+    assert "no document passed the filters" in capsys.readouterr().err
+    assert not (tmp_path / "clean").exists()
+
+
+def test_without_datatrove_the_extra_is_named(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(clean.sys.modules, "data_prep.clean_steps", None)
+    assert run_clean(corpus, tmp_path / "clean", *FILTERS) == 2
+    assert "pip install 'mamba-pretrain[clean]'" in capsys.readouterr().err

@@ -1,0 +1,130 @@
+"""A dataset from a real S3 server to local disk: complete and right, or absent; what is broken off goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from moto.server import ThreadedMotoServer
+
+from data_prep import copy_dataset as module
+from data_prep import fetch
+from data_prep.copy_dataset import copy_dataset
+from data_prep.registries import FetchError
+from mamba_pretrain.data.dataset import verify
+
+URL = "s3://bucket/datasets/small"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(server: str, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    fsspec.config.conf.clear()
+    s3 = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
+    s3.mkdir("bucket")
+    for path in dataset.iterdir():
+        s3.put_file(str(path), f"{URL}/{path.name}")
+    yield s3
+    s3.rm("bucket", recursive=True)
+
+
+def test_a_dataset_on_s3_becomes_the_same_on_disk(
+    s3: Any, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "BLOCK_BYTES", 500)  # many requests, more than are under way at a time
+    s3.pipe_file(f"{URL}/notes.txt", b"not in the manifest")
+    output = tmp_path / "data"
+    assert fetch.main([URL + "/", str(output)]) == 0
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == {
+        path.name: path.read_bytes() for path in dataset.iterdir()
+    }
+    assert verify(output) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert fetch.main([URL, str(output)]) == 0
+    assert "complete already" in capsys.readouterr().out
+
+
+def test_a_copy_that_broke_off_goes_on_inside_a_file(
+    s3: Any, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BLOCK_BYTES", 500)
+    monkeypatch.setattr(module, "REQUESTS", 1)
+    asked: list[tuple[str, int]] = []
+
+    class Breaking:
+        """The file system, but the fifth request for a part of a file fails."""
+
+        def size(self, path: str) -> int:
+            return int(s3.size(path))
+
+        def cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
+            if start is not None:
+                asked.append((Path(path).name, start))
+                if len(asked) == 5:
+                    raise ConnectionError("the line is down")
+            return bytes(s3.cat_file(path, start=start, end=end))
+
+    monkeypatch.setattr(module, "filesystem", lambda url: (Breaking(), url))
+    output = tmp_path / "data"
+    with pytest.raises(FetchError, match="the line is down.*run the command again"):
+        copy_dataset(URL, output)
+    assert not output.exists() and (tmp_path / "data.part").is_dir()
+    name, start = asked[4]
+    copy_dataset(URL, output)
+    assert asked[5] == (name, start)
+    assert len(asked) == len(set(asked)) + 1  # nothing is asked for twice but what failed
+    assert verify(output) == []
+
+
+def test_a_file_that_is_not_what_the_manifest_says_never_appears(s3: Any, tmp_path: Path) -> None:
+    content = bytearray(s3.cat_file(f"{URL}/train.bin"))
+    content[7] ^= 1
+    s3.pipe_file(f"{URL}/train.bin", bytes(content))
+    with pytest.raises(FetchError, match="train.bin has sha256"):
+        copy_dataset(URL, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+    assert not (tmp_path / "data.part" / "result" / "train.bin").exists()
+
+
+def test_a_dataset_that_changes_in_between_begins_anew(
+    s3: Any, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bin_ = s3.cat_file(f"{URL}/train.bin")
+    s3.rm(f"{URL}/train.bin")
+    with pytest.raises(FetchError, match="train.bin cannot be read"):
+        copy_dataset(URL, tmp_path / "data")
+    s3.pipe_file(f"{URL}/train.bin", bin_)
+    s3.pipe_file(f"{URL}/manifest.json", (dataset / "manifest.json").read_bytes() + b"\n")
+    copy_dataset(URL, tmp_path / "data")
+    assert "it begins anew" in capsys.readouterr().err
+    assert verify(tmp_path / "data") == []
+
+
+def test_a_manifest_cannot_name_files_elsewhere(s3: Any, tmp_path: Path) -> None:
+    raw = s3.cat_file(f"{URL}/manifest.json").replace(b'"train.bin"', b'"../train.bin"')
+    s3.pipe_file(f"{URL}/manifest.json", raw)
+    with pytest.raises(FetchError, match=r"'../train.bin', which is not one of its directory"):
+        copy_dataset(URL, tmp_path / "data")
+
+
+def test_no_dataset_and_another_directory_are_said(s3: Any, tmp_path: Path) -> None:
+    with pytest.raises(FetchError, match="there is no dataset at s3://bucket/none"):
+        copy_dataset("s3://bucket/none", tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    with pytest.raises(FetchError, match="exists and is not the dataset"):
+        copy_dataset(URL, tmp_path / "data")
