@@ -137,14 +137,6 @@ class Packed:
         return Block(input_ids, labels, _numbered(self.shard, ends, counts, length), padding)
 
 
-def window(
-    shard: Shard, index: int, seq_len: int, *, vocab_size: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
-    """Row `index` of Windows alone, as (input_ids (L,), labels (L,), seq_idx (L,))."""
-    input_ids, labels, seq_idx, _ = Windows(shard, seq_len, vocab_size).read(np.array([index]))
-    return input_ids[0], labels[0], seq_idx[0]
-
-
 def _read_tokens(
     shard: Shard, vocab_size: int, rows: list[list[tuple[int, int, int]]], seq_len: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -180,9 +172,7 @@ def _read_tokens(
     return input_ids, labels
 
 
-def _numbered(
-    shard: Shard, cuts: NDArray[np.int64], counts: NDArray[np.int64], seq_len: int
-) -> NDArray[np.int32]:
+def _numbered(shard: Shard, cuts: NDArray[np.int64], counts: NDArray[np.int64], seq_len: int) -> NDArray[np.int32]:
     """seq_idx (B, L): how many of a row's cuts, counts (B,) of them, lie at or before each position.
 
     `cuts` are positions in the flat (B * L,) block, ascending.

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mamba_pretrain.data import packing, shards
-from mamba_pretrain.data.packing import IGNORE, Windows, make_rows, n_windows, window
+from mamba_pretrain.data.packing import IGNORE, Windows, make_rows, n_windows
 from mamba_pretrain.data.shards import HEADER, MAGIC, VERSION, Shard, ShardError
 from tests.helpers.rows import assert_equal, dataset_of, foreign_shard, numbered, shard_of, windows_of
 
@@ -28,11 +28,6 @@ def test_documents_are_numbered_within_the_window_and_do_not_predict_each_other(
     assert block.seq_idx.tolist() == [[0, 0, 0, 0], [0, 0, 0, 1]]
     assert block.padding.tolist() == [0, 0]
     assert [part.dtype for part in block] == [np.int64, np.int64, np.int32, np.int64]
-
-
-def test_one_window_alone_is_the_row(tmp_path: Path) -> None:
-    input_ids, labels, seq_idx = window(shard_of(tmp_path, [[1, 2, 3], [4, 5, 6, 7]]), 1, 3, vocab_size=100)
-    assert (input_ids.tolist(), labels.tolist(), seq_idx.tolist()) == ([4, 5, 6], [5, 6, 7], [0, 0, 0])
 
 
 def test_a_document_cut_by_a_window_goes_on_in_the_next(tmp_path: Path) -> None:
