@@ -26,7 +26,7 @@ from mamba_pretrain.data.packing import Block, Rows, Windows
 from mamba_pretrain.data.shards import Shard, ShardError
 
 AHEAD: Final = 4096  # samples whose places are computed at once: one by one that would take longer than to read them
-AT_ONCE: Final = 1 << 15  # positions that are read at once, of as many micro-batches as that is
+AT_ONCE: Final = 1 << 17  # positions that are read at once, of as many micro-batches as that is
 
 
 class LoaderError(RuntimeError):

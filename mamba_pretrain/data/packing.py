@@ -14,7 +14,6 @@ from mamba_pretrain.data.shards import Shard, ShardError
 
 IGNORE: Final = -100  # the label that torch's cross entropy leaves out
 PACKINGS: Final = ("windows", *HOW)
-READ_TOKENS: Final = 1 << 17  # a call's worth, as many as keep the call itself from counting
 GROUP_TOKENS: Final = 1 << 15  # gathered at a time: 64 KiB of 2-byte tokens
 
 
@@ -37,12 +36,11 @@ class Rows(Protocol):
     n_rows: int  # in one epoch
     unread_tokens: int  # of the split, in no row
 
-    def read(self, rows: NDArray[np.int64], out: Block | None = None) -> Block:
+    def read(self, rows: NDArray[np.int64]) -> Block:
         """The rows of these numbers (B,), each in range(n_rows).
 
-        One call for some READ_TOKENS takes much less time than one for each row. ids and labels are written over those
-        of `out` (B rows), if it is given: memory that is in the cache is faster still. Raises ShardError for a token
-        outside the vocabulary: on the GPU it would be an illegal memory access without a name.
+        One call for 2^17 tokens or so takes much less time than one for each row. Raises ShardError for a token outside
+        the vocabulary: on the GPU it would be an illegal memory access without a name.
         """
         ...
 
@@ -80,12 +78,12 @@ class Windows:
                 "use more data, or a shorter sequence length"
             )
 
-    def read(self, rows: NDArray[np.int64], out: Block | None = None) -> Block:
+    def read(self, rows: NDArray[np.int64]) -> Block:
         length, shard = self.seq_len, self.shard
         starts = [row * length for row in rows.tolist()]
         assert min(starts) >= 0 and max(starts) < self.n_rows * length
         pieces = [[(0, start, length + 1)] for start in starts]
-        input_ids, labels = _read_tokens(shard, self.vocab_size, pieces, length, out)
+        input_ids, labels = _read_tokens(shard, self.vocab_size, pieces, length)
         positions, counts = shard.document_starts_in(rows * length + 1, length)
         # In the flat (B * L,) block; a document that begins just behind a row cuts where the next row begins anyway.
         cuts = positions + (np.arange(0, labels.size, length) - starts).repeat(counts)
@@ -107,7 +105,7 @@ class Packed:
         if self.n_rows == 0:
             raise ShardError(f"{shard.path} has no document of two tokens or more: there is nothing to predict")
 
-    def read(self, rows: NDArray[np.int64], out: Block | None = None) -> Block:
+    def read(self, rows: NDArray[np.int64]) -> Block:
         length, n_tokens = self.seq_len, self.shard.n_tokens
         assert rows.min() >= 0 and rows.max() < self.n_rows
         pieces: list[list[tuple[int, int, int]]] = []
@@ -130,7 +128,7 @@ class Packed:
                     cuts.append(i * length + column)
                     counts[i] += 1
             filled[i] = column
-        input_ids, labels = _read_tokens(self.shard, self.vocab_size, pieces, length, out)
+        input_ids, labels = _read_tokens(self.shard, self.vocab_size, pieces, length)
         ends = np.array(cuts, np.int64)
         labels.reshape(-1)[ends - 1] = IGNORE
         padding = length - filled
@@ -139,27 +137,15 @@ class Packed:
         return Block(input_ids, labels, _numbered(self.shard, ends, counts, length), padding)
 
 
-def window(
-    shard: Shard, index: int, seq_len: int, *, vocab_size: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
-    """Row `index` of Windows alone, as (input_ids (L,), labels (L,), seq_idx (L,))."""
-    input_ids, labels, seq_idx, _ = Windows(shard, seq_len, vocab_size).read(np.array([index]))
-    return input_ids[0], labels[0], seq_idx[0]
-
-
 def _read_tokens(
-    shard: Shard, vocab_size: int, rows: list[list[tuple[int, int, int]]], seq_len: int, out: Block | None
+    shard: Shard, vocab_size: int, rows: list[list[tuple[int, int, int]]], seq_len: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """input_ids and labels (B, L) of rows that are given as pieces: (column, first token, number of tokens).
 
     A row has L + 1 columns, those without a token are 0. Raises ShardError for a token outside the vocabulary.
     """
-    if out is None:
-        # One allocation, which the C library keeps for the next block: new pages would cost more than reading does.
-        input_ids, labels = np.empty((2, len(rows), seq_len), np.int64)
-    else:
-        input_ids, labels = out.input_ids, out.labels
-        assert input_ids.shape == labels.shape == (len(rows), seq_len)
+    # One allocation, which the C library keeps for the next block: new pages would cost more than reading does.
+    input_ids, labels = np.empty((2, len(rows), seq_len), np.int64)
     stored, group = shard.stored, max(GROUP_TOKENS // seq_len, 1)
     unsigned = np.dtype(f"<u{shard.dtype.itemsize}")  # of which negative ids are the largest
     may_exceed = shard.dtype != unsigned or vocab_size < 1 << 8 * unsigned.itemsize

@@ -106,17 +106,6 @@ def test_best_fit_by_hand(tmp_path: Path) -> None:
     assert sorted(block.padding.tolist()) == [0, 0, 3]
 
 
-@pytest.mark.parametrize("how", HOW)
-def test_memory_that_was_used_before_is_filled_anew(tmp_path: Path, how: str) -> None:
-    rows = packed(shard_of(tmp_path, numbered([3, 5, 2, 11, 4])), 8, how)
-    order = np.arange(rows.n_rows)
-    out = rows.read(order[::-1].copy())
-    again = rows.read(order, out)
-    assert again.input_ids is out.input_ids and again.labels is out.labels
-    for found, due in zip(again, rows.read(order), strict=True):
-        np.testing.assert_array_equal(found, due)
-
-
 def test_a_token_beyond_the_vocabulary_is_named_where_it_lies(tmp_path: Path) -> None:
     rows = packed(shard_of(tmp_path, [[1, 2, 3], [4, 99, 6, 7], [5, 5]]), 8, "best_fit", 50)
     with pytest.raises(ShardError, match=r"train\.bin has token id 99 at position 4, the vocabulary has 50"):
