@@ -148,6 +148,7 @@ def _read_tokens(
     input_ids, labels = np.empty((2, len(rows), seq_len), np.int64)
     stored, group = shard.stored, max(GROUP_TOKENS // seq_len, 1)
     unsigned = np.dtype(f"<u{shard.dtype.itemsize}")  # of which negative ids are the largest
+    limit = min(vocab_size, int(np.iinfo(shard.dtype).max) + 1)
     may_exceed = shard.dtype != unsigned or vocab_size < 1 << 8 * unsigned.itemsize
     for first in range(0, len(rows), group):  # a few rows at a time are widened to 64 bits while they are in the cache
         chosen = rows[first : first + group]
@@ -159,8 +160,8 @@ def _read_tokens(
             for out, pieces in zip(tokens, chosen, strict=True):
                 for column, start, count in pieces:
                     out[column : column + count] = stored[start : start + count]
-        if may_exceed and tokens.view(unsigned).max() >= vocab_size:
-            i, at = np.argwhere(tokens.view(unsigned) >= vocab_size)[0].tolist()
+        if may_exceed and tokens.view(unsigned).max() >= limit:
+            i, at = np.argwhere(tokens.view(unsigned) >= limit)[0].tolist()
             column, start, _ = next(piece for piece in reversed(rows[first + i]) if piece[0] <= at)
             raise ShardError(
                 f"{shard.path}.bin has token id {tokens[i, at]} at position {start + at - column:,}, the vocabulary "
