@@ -193,25 +193,16 @@ class Corpus:
 
         Raises UnreadableError where the input is damaged or is no longer what it was when the unit was planned.
         """
-        self._require_unchanged(unit)
         try:
+            _require_unchanged(unit)
             yield from (finished(record, self.reading) for record in _format(unit.source).read(unit, self.reading))
-        except OSError as error:
-            raise UnreadableError(f"{unit.source} cannot be read: {error.strerror or error}") from error
-        self._require_unchanged(unit)
-
-    def _require_unchanged(self, unit: Unit) -> None:
-        if unit.source_bytes is None:
-            return
-        try:
-            size = size_of(unit.source)
-        except OSError as error:
-            raise UnreadableError(f"{unit.source} cannot be read: {error.strerror or error}") from error
-        if size != unit.source_bytes:
-            raise UnreadableError(
-                f"{unit.source} had {unit.source_bytes:,} bytes when the work was divided and has {size or 0:,} now: "
-                "something writes to it; begin again when it is complete"
-            )
+            _require_unchanged(unit)
+        except (UnreadableError, OSError) as error:
+            reason = str(error)
+            if isinstance(error, OSError):
+                reason = f"{unit.source} cannot be read: {error.strerror or error}"
+            cure = "" if self.on_error == "skip-files" else "; --on-error skip-files leaves such inputs out"
+            raise UnreadableError(reason + cure) from error
 
     def refusal(self, unit: Unit, record: Invalid) -> CorpusError:
         """What to raise for an invalid record of a unit. Names its line in the file, which takes reading up to it."""
@@ -251,6 +242,14 @@ class Corpus:
                 yield record
             else:
                 self.empty += 1
+
+
+def _require_unchanged(unit: Unit) -> None:
+    if unit.source_bytes is not None and (size := size_of(unit.source)) != unit.source_bytes:
+        raise UnreadableError(
+            f"{unit.source} had {unit.source_bytes:,} bytes when the work was divided and has {size or 0:,} now: "
+            "something writes to it; begin again when it is complete"
+        )
 
 
 def _format(source: str) -> Format:

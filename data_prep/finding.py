@@ -39,8 +39,11 @@ def find(inputs: Sequence[str | Path], known: Callable[[str], bool], names: str)
             matches = sorted(glob.glob(source, recursive=True))
             if not matches:
                 raise CorpusError(f"{source} matches nothing")
+            part = Found()
             for match in matches:
-                _take(Path(match), known, found, ())
+                _take(Path(match), known, part, ())
+            found.files += dict.fromkeys(part.files)  # once, though `**` matches a directory and what is in it
+            found.ignored += dict.fromkeys(part.ignored)
         else:
             _find_local(Path(source), known, names, found)
     if not found.files:
@@ -140,3 +143,7 @@ def _require_distinct(files: Sequence[str]) -> None:
     for path in files:
         if (other := first.setdefault(path if is_url(path) else os.path.realpath(path), path)) is not path:
             raise CorpusError(f"{path} is among the inputs twice, first as {other}: its text would count double")
+    for place, path in first.items():
+        directory = os.path.dirname(place)
+        if path.endswith(".arrow") and (dataset := first.get(directory) or first.get(os.path.dirname(directory))):
+            raise CorpusError(f"{path} is part of the dataset {dataset}, which is among the inputs, too: leave out one")

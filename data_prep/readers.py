@@ -20,7 +20,7 @@ def byte_ranges(whole: Unit, unit_bytes: int) -> list[Unit]:
 
 def _lines(unit: Unit, reading: Reading) -> Iterator[tuple[int, bytes]]:
     """(number from 1, line) of the lines that begin in the unit."""
-    for number, offset, line in lines(unit.source, reading.max_record_bytes, unit.start):
+    for number, offset, line in lines(unit.source, reading.max_record_bytes, unit.start, unit.stop):
         if unit.stop is not None and offset >= unit.stop:
             return
         if number:
@@ -48,7 +48,7 @@ def _blocks(unit: Unit, reading: Reading) -> Iterator[Record]:
         return _text(whole, unit, begin, reading)
 
     before = unit.start > 0 and not blank_before(unit.source, unit.start - 1)  # in a block of the unit before
-    for number, offset, line in lines(unit.source, reading.max_record_bytes, unit.start):
+    for number, offset, line in lines(unit.source, reading.max_record_bytes, unit.start, unit.stop):
         blank = not isinstance(line, TooLong) and not line.strip()
         if number == 0:
             before = before or not blank

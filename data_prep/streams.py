@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ HUB_FILES: Final = tuple(HUB + kind for kind in ("datasets/", "spaces/", "bucket
 EXTRAS: Final = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 BLOCK_BYTES: Final = 8 << 20  # of a remote file at a time
 PATIENCE_S: Final = 300  # for the next bytes of an answer over http
+BUFFER_BYTES: Final = 1 << 17  # long lines are read five times as fast as with Python's 8 KiB
 PREFIX: Final = 40  # bytes that are kept of a line that is too long
 SKIP: Final = 1 << 20  # bytes at a time of what is read and not kept
 # A zstd block of 4 bytes may hold 128 KiB: what goes into the decompressor at a time bounds what comes out to 32 MiB.
@@ -95,12 +97,12 @@ def size_of(source: str) -> int | None:
 def open_raw(source: str, *, seekable: bool = True) -> io.BufferedIOBase | IO[bytes]:
     """The bytes of a file as they are stored. `seekable`: not only from the first to the last."""
     if not is_url(source):
-        return open(source, "rb")
+        return open(source, "rb", buffering=BUFFER_BYTES)
     fs, path = filesystem(source)
     with as_os_errors():
         # Some web servers give files from the beginning only, and all are faster so.
         block = 0 if source.startswith(HTTP) and not seekable else BLOCK_BYTES
-        return io.BufferedReader(_Remote(fs.open(path, "rb", block_size=block)), 1 << 20)
+        return io.BufferedReader(_Remote(fs.open(path, "rb", block_size=block)), BUFFER_BYTES)
 
 
 def has_ranges(source: str) -> bool:
@@ -157,33 +159,41 @@ class _Remote(io.RawIOBase):
         super().close()
 
 
-def lines(source: str, limit: int, start: int = 0) -> Iterator[tuple[int, int, bytes]]:
+def lines(source: str, limit: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, bytes]]:
     """(number, first byte, line with its line feed) of a file, by the bytes of its decompressed content.
 
     From byte `start` on: number 0 is then the rest, from byte `start` - 1 on, of the line that began before, and 1 the
-    first that begins at `start` or after it. Memory is bounded by twice `limit`: a longer line is a TooLong.
+    first that begins at `start` or after it. Lines that begin at `stop` follow too, unless number 0 gets as far: it is
+    not read any further. Memory is bounded by twice `limit`: a longer line is a TooLong.
     """
     number, begin = (0, start - 1) if start else (1, 0)
     try:
         with open_bytes(source, begin if start else None) as stream:
-            while line := stream.readline(limit + 1):
-                n_bytes = len(line)
-                if n_bytes > limit:
-                    n_bytes += 0 if line.endswith(b"\n") else _skip_line(stream)
-                    line = TooLong(line[:PREFIX])
+            if start:
+                line, n_bytes = _read_line(stream, limit, sys.maxsize if stop is None else stop - begin)
+                yield number, begin, line
+                number, begin = 1, begin + n_bytes
+                if stop is not None and begin >= stop:
+                    return
+            line, n_bytes = _read_line(stream, limit)
+            while n_bytes:
                 yield number, begin, line
                 number, begin = number + 1, begin + n_bytes
+                line, n_bytes = _read_line(stream, limit)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UnreadableError(f"{source} is damaged after line {number - 1} ({error}); get the file again") from error
 
 
-def _skip_line(stream: IO[bytes] | io.BufferedIOBase) -> int:
-    skipped = 0
-    while piece := stream.readline(SKIP):
-        skipped += len(piece)
-        if piece.endswith(b"\n"):
-            break
-    return skipped
+def _read_line(stream: IO[bytes] | io.BufferedIOBase, limit: int, at_most: int = sys.maxsize) -> tuple[bytes, int]:
+    """(line or TooLong, its bytes), or so much of it as `at_most` allows."""
+    line = stream.readline(min(limit + 1, at_most))
+    n_bytes = len(line)
+    if n_bytes <= limit:
+        return line, n_bytes
+    first = TooLong(line[:PREFIX])
+    while not line.endswith(b"\n") and n_bytes < at_most and (line := stream.readline(min(SKIP, at_most - n_bytes))):
+        n_bytes += len(line)
+    return first, n_bytes
 
 
 def content(source: str, limit: int) -> bytes:
@@ -259,7 +269,7 @@ class _ZstdStream(io.RawIOBase):
     def __init__(self, file: IO[bytes] | io.BufferedIOBase, source: str) -> None:
         self._zstd, self._file = optional("zstandard", source), file
         self._frame = self._new_frame()
-        self._ready, self._rest, self._inside = memoryview(b""), b"", False
+        self._ready, self._rest, self._inside, self._given = memoryview(b""), b"", False, 0
 
     def _new_frame(self) -> Any:
         return self._zstd.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj()
@@ -283,7 +293,11 @@ class _ZstdStream(io.RawIOBase):
                 self._frame = self._new_frame()
         n = min(len(buffer), len(self._ready))
         buffer[:n], self._ready = self._ready[:n], self._ready[n:]
+        self._given += n
         return n
+
+    def tell(self) -> int:
+        return self._given
 
     def close(self) -> None:
         self._file.close()

@@ -54,7 +54,7 @@ def _document(record: Any, block: bytes | None, source: str, number: int, readin
 
 
 def _page(block: bytes, source: str, number: int, warc: Any) -> Record | None:
-    parse, extract = optional("resiliparse.parse", source, "warc"), optional("resiliparse.extract", source, "warc")
+    extract = optional("resiliparse.extract.html2text", source, "warc")
     answer = warc.WarcRecord()
     answer.init_headers(warc.WarcRecordType.response)
     answer.set_bytes_content(block)
@@ -64,8 +64,18 @@ def _page(block: bytes, source: str, number: int, warc: Any) -> Record | None:
     if answer.http_headers.status_code != 200 or kind not in (*HTML, PLAIN):
         return None
     body = answer.reader.read()
-    encoding = answer.http_charset or parse.detect_encoding(body, from_html_meta=kind in HTML) or "utf-8"
-    text = parse.bytes_to_str(body, encoding, errors="replace")
+    text = _decoded(body, answer.http_charset, source)
     if kind in HTML:
         text = extract.extract_plain_text(text, main_content=True, alt_texts=False)
     return Document(text, source, number)
+
+
+def _decoded(body: bytes, charset: str | None, source: str) -> str:
+    """What a page is encoded in it says itself, or not, or wrongly: bytes that fit nothing become U+FFFD."""
+    encodings = optional("resiliparse.parse.encoding", source, "warc")
+    if charset is None:
+        try:
+            return body.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            charset = encodings.detect_encoding(body, from_html_meta=True) or "utf-8"
+    return str(encodings.bytes_to_str(body, charset, errors="replace"))

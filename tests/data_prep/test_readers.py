@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import tracemalloc
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_prep import streams
 from data_prep.corpus import Corpus
 from data_prep.records import Document, Invalid
 from data_prep.streams import CorpusError
@@ -93,6 +95,27 @@ def test_a_huge_line_is_invalid_and_takes_no_more_memory_than_the_limit_allows(
         list(Corpus([path], txt_documents=mode, max_record_bytes=MIB))
 
 
+@pytest.mark.parametrize("limit", [1 << 12, 1 << 30])
+@pytest.mark.parametrize("mode", ["line", "blank-line"])
+def test_a_line_that_fills_many_units_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, mode: str
+) -> None:
+    path = write_bytes(tmp_path / "a.txt", b"x" * MIB + b"\n\nlast\n")
+    whole, read = streams.open_raw, [0]
+
+    class Counting(io.BufferedReader):
+        def readline(self, size: int | None = -1) -> bytes:
+            line = super().readline(size)
+            read[0] += len(line)
+            return line
+
+    monkeypatch.setattr(streams, "open_raw", lambda source, **_: Counting(whole(source).detach()))  # type: ignore[union-attr]
+    corpus = Corpus([path], txt_documents=mode, max_record_bytes=limit)
+    records = [record for unit in corpus.units(MIB // 64) for record in corpus.records(unit)]
+    assert [type(record).__name__ for record in records] == ["Invalid" if limit < MIB else "Document", "Document"]
+    assert read[0] < 2.2 * MIB
+
+
 def test_many_lines_without_a_blank_one_between_them_are_bounded_like_one(tmp_path: Path) -> None:
     path = write_bytes(tmp_path / "a.txt", b"first\n\n" + b"line\n" * 100 + b"\nlast\n")
     corpus = Corpus([path], txt_documents="blank-line", on_error="skip", max_record_bytes=100)
@@ -120,3 +143,20 @@ def test_a_line_may_have_the_limit_with_its_line_feed(tmp_path: Path) -> None:
     path = write_bytes(tmp_path / "a.txt", b"1234567\n12345678\n123\n")
     corpus = Corpus([path], txt_documents="line", on_error="skip", max_record_bytes=8)
     assert [(document.text, document.line) for document in corpus] == [("1234567", 1), ("123", 3)]
+
+
+@pytest.mark.slow
+def test_a_line_of_two_gigabytes_is_read_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as stream:
+        stream.write(b'{"text": "')
+        stream.seek(2 << 30)  # zeros in between that take no place on the disk
+        stream.write(b'"}\n{"text": "last"}\n')
+    corpus = Corpus([path], on_error="skip", max_record_bytes=16 * MIB)
+    tracemalloc.start()
+    try:
+        (document,) = corpus
+        assert tracemalloc.get_traced_memory()[1] < 64 * MIB
+    finally:
+        tracemalloc.stop()
+    assert (document.text, corpus.skipped) == ("last", 1)

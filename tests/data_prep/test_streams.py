@@ -33,6 +33,10 @@ def test_lines_from_the_middle_begin_with_the_rest_of_the_one_before(tmp_path: P
     assert list(lines(path, 100)) == [(1, 0, b"one\n"), (2, 4, b"two\n"), (3, 8, b"three")]
     assert list(lines(path, 100, 4)) == [(0, 3, b"\n"), (1, 4, b"two\n"), (2, 8, b"three")]
     assert list(lines(path, 100, 5)) == [(0, 4, b"two\n"), (1, 8, b"three")]
+    assert list(lines(path, 100, 5, 6)) == [(0, 4, b"tw")]  # nothing begins before 6: so far and no further
+    assert list(lines(path, 1, 5, 7)) == [(0, 4, b"tw")]  # a TooLong
+    assert list(lines(path, 100, 5, 8)) == [(0, 4, b"two\n")]
+    assert list(lines(path, 100, 5, 9)) == [(0, 4, b"two\n"), (1, 8, b"three")]
     assert list(lines(path, 4, 1)) == [(0, 0, b"one\n"), (1, 4, b"two\n"), (2, 8, b"three")]
 
 
