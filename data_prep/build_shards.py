@@ -29,6 +29,7 @@ from data_prep.streams import CorpusError, is_url
 from mamba_pretrain.data.manifest import Manifest
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from mamba_pretrain.data.writer import token_dtype
 
 DESCRIPTION = """\
 Tokenize corpora into a dataset directory of train, validation and test shards (Megatron's .bin and .idx),
@@ -89,8 +90,8 @@ def build_task(
 
 
 def merge_with_bar(output: str | Path, store: Store, plan: Plan, parts: dict[int, Counts], overwrite: bool) -> Manifest:
-    n_tokens = sum(counts.tokens for counts in parts.values())
-    with tqdm(total=n_tokens, unit=" tokens", unit_scale=True, desc="merge", disable=None) as bar:
+    total = sum(counts.tokens for counts in parts.values()) * token_dtype(plan.tokenizer.vocab_size).itemsize
+    with tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=None) as bar:
         return merge(output, store, plan, parts, overwrite=overwrite, progress=bar.update)
 
 
