@@ -17,10 +17,12 @@ read these files and theirs are read here. `writer.py` writes one sequence a doc
 
 from __future__ import annotations
 
+import os
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,11 +35,38 @@ HEADER: Final = struct.Struct("<9sQBQQ")
 DTYPES: Final = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 BLOCK_BYTES: Final = 1 << 24  # what problems() holds in memory at a time
 RESIDENT: Final = 1 << 20  # up to so many documents, where they begin is held in memory (8 MiB)
-LANDMARKS: Final = 1 << 12  # of more, only so many offsets
+KNOWN: Final = 1 << 13  # of more, so many numbers of the index, those that searches came by first
 
 
 class ShardError(ValueError):
     """A dataset on disk is missing, damaged, foreign, or not the one that was asked for."""
+
+
+class _Numbers:
+    """int64 numbers in a file, read when they are asked for.
+
+    Not mapped: a touch of a mapped file may map megabytes around it, which count as this process's memory.
+    """
+
+    def __init__(self, stream: FileIO, offset: int) -> None:
+        self._stream, self._offset = stream, offset
+        self._known: dict[int, int] = {}  # all searches begin with the same numbers
+
+    def __getitem__(self, i: int) -> int:
+        number = self._known.get(i)
+        if number is None:
+            number = self.read(i, i + 1)[0]
+            if len(self._known) < KNOWN:
+                self._known[i] = number
+        return number
+
+    def __len__(self) -> int:
+        raise AssertionError("bisect is told the ends")
+
+    def read(self, first: int, last: int) -> list[int]:
+        """Numbers [first, last)."""
+        data = os.pread(self._stream.fileno(), 8 * (last - first), self._offset + 8 * first)
+        return list(struct.unpack(f"<{last - first}q", data))
 
 
 class Shard:
@@ -111,25 +140,6 @@ class Shard:
         return self._map(self._idx, "<i8", HEADER.size + 4 * self.n_sequences, self.n_sequences)
 
     @cached_property
-    def _pointers_view(self) -> memoryview[int]:
-        # Numbers of a memoryview are read in a tenth of the time that those of an array take.
-        return self._pointers.view(np.uint8).data.cast("q")
-
-    @cached_property
-    def _index_view(self) -> memoryview[int]:
-        return self._document_index.view(np.uint8).data.cast("q")
-
-    @cached_property
-    def _stride(self) -> int:
-        return -(-self.n_sequences // LANDMARKS) or 1
-
-    @cached_property
-    def _landmarks(self) -> list[int]:
-        """Every stride-th offset, in memory: the first dozen steps of a search without a page of the file for each."""
-        marks: list[int] = self._pointers[:: self._stride].tolist()
-        return marks
-
-    @cached_property
     def _document_index(self) -> NDArray[np.int64]:
         return self._map(self._idx, "<i8", HEADER.size + 12 * self.n_sequences, self.n_documents + 1)
 
@@ -186,26 +196,27 @@ class Shard:
         return edges[:-1][edges[1:] > edges[:-1]]  # foreign documents may be empty
 
     def _search(self, start: int, stop: int) -> list[int]:
-        """document_starts by bisection over the mapped offsets as they are, in 4 us and a page or two of the file.
-
-        np.searchsorted would copy all offsets first, as they begin at no multiple of 8.
-        """
-        pointers, index, size, marks = self._pointers_view, self._index_view, self.dtype.itemsize, self._landmarks
-        mark = bisect_left(marks, start * size)
+        """document_starts by bisection over the numbers in the file, most of which are read anew."""
+        (pointers, index), size = self._numbers, self.dtype.itemsize
         # The sequences that begin in [start, stop) are [first, last).
-        low, high = max(mark - 1, 0) * self._stride, min(mark * self._stride, self.n_sequences)
-        first = bisect_left(pointers, start * size, low, high)
-        high = first + 8
-        if high >= self.n_sequences or pointers[high] < stop * size:
-            high = min(bisect_left(marks, stop * size, mark) * self._stride, self.n_sequences)
-        last = bisect_left(pointers, stop * size, first, max(first, high))
-        if self.n_documents == self.n_sequences and index[first:last].tolist() == [*range(first, last)]:
-            found = pointers[first:last].tolist()
+        first = bisect_left(pointers, start * size, 0, self.n_sequences)
+        near = min(first + 8, self.n_sequences)
+        beyond = self.n_sequences if near < self.n_sequences and pointers[near] < stop * size else near
+        last = bisect_left(pointers, stop * size, first, beyond)
+        if self.n_documents == self.n_sequences and index.read(first, last) == [*range(first, last)]:
+            found = pointers.read(first, last)
         else:
             document = bisect_left(index, first, 0, self.n_documents)
             after = bisect_left(index, last, document, self.n_documents)
-            found = [pointers[sequence] for sequence in index[document:after].tolist()]
+            found = [pointers[sequence] for sequence in index.read(document, after)]
         return list(dict.fromkeys(pointer // size for pointer in found))  # foreign documents may be empty
+
+    @cached_property
+    def _numbers(self) -> tuple[_Numbers, _Numbers]:
+        """The byte offsets and the document index."""
+        stream = self._idx.open("rb", buffering=0)
+        offsets = HEADER.size + 4 * self.n_sequences
+        return _Numbers(stream, offsets), _Numbers(stream, offsets + 8 * self.n_sequences)
 
     def document_edges(self, first: int, stop: int) -> NDArray[np.int64]:
         """Where documents [first, stop) begin, and where the last of them ends: (stop - first + 1,) token positions.

@@ -89,7 +89,7 @@ def test_rows_are_the_stream_however_they_are_read(
     rows = np.array(data.draw(st.lists(st.integers(0, len(ids) - 1), min_size=1, max_size=12)))
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "RESIDENT", 1 << 20 if resident else 0)
-        patch.setattr(shards, "LANDMARKS", 3)
+        patch.setattr(shards, "KNOWN", 3)
         patch.setattr(packing, "GROUP_TOKENS", group)
         windows = Windows(shard_of(Path(directory), documents), seq_len, 100)
         assert_equal(windows.read(rows), ids[rows], labels[rows], numbers[rows])
@@ -155,14 +155,11 @@ def test_a_trillion_tokens_open_at_once_in_little_memory(tmp_path: Path) -> None
         pointers = HEADER.size + 4 * n_documents
         index = pointers + 8 * n_documents
         stream.truncate(index + 8 * (n_documents + 1))
-        stride = -(-n_documents // shards.LANDMARKS)
-        known = {n_documents - 1, *range(0, n_documents, stride), *range(7 * stride, 7 * stride + 9)}
-        # The search for row 0 of the seventh stride bisects between two landmarks.
-        low, high = 7 * stride, 8 * stride
-        while low < high:
+        target = 70_000_123
+        known, low, high = {n_documents - 1, *range(target - 2, target + 20)}, 0, n_documents
+        while low < high:  # what a search for it reads
             known.add(middle := (low + high) // 2)
-            high = middle
-        known |= set(range(7 * stride, 7 * stride + 20))
+            low, high = (middle + 1, high) if middle < target else (low, middle)
         for document in sorted(known):
             stream.seek(pointers + 8 * document)
             stream.write(np.array([2 * size * document], "<i8").tobytes())
@@ -176,7 +173,7 @@ def test_a_trillion_tokens_open_at_once_in_little_memory(tmp_path: Path) -> None
         stream.truncate(2 * n_tokens)
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     rows = Windows(Shard(tmp_path / "train"), 2048, 50_277)
-    first = -(-7 * stride * size // 2048)
+    first = -(-target * size // 2048)
     block = rows.read(np.array([first]))
     assert time.perf_counter() - began < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
