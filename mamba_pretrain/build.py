@@ -319,7 +319,8 @@ def _data_facts(config: Config, reading: Reading) -> dict[str, str]:
         for split in splits:
             if split in source.manifest.splits:
                 found[f"the data ({split}{of})"] = source.manifest.fingerprint(split)
-    return found
+    packs = reading.packs(range(len(reading.mixture.stages)))
+    return found | {f"the pack of {name}": sha256 for name, sha256 in packs.items()}
 
 
 def _name_and_hash(path: Path | None) -> str | None:

@@ -15,8 +15,8 @@ from mamba_pretrain.data.loader import MixedRows
 from mamba_pretrain.data.manifest import Manifest
 from mamba_pretrain.data.mixture import RESOLUTION, Mixture, Stage, shares_by_size
 from mamba_pretrain.data.order import ORDER_VERSION
-from mamba_pretrain.data.packing import Rows, make_rows, n_windows
-from mamba_pretrain.data.shards import Shard
+from mamba_pretrain.data.packing import Packed, Rows, make_rows, n_windows
+from mamba_pretrain.data.shards import Shard, ShardError
 from mamba_pretrain.data.tokenizer import Tokenizer, dataset_tokenizer, load_tokenizer
 
 log = logging.getLogger("mamba_pretrain")
@@ -78,6 +78,7 @@ class Reading:
             "seed": config.train.seed,
             "order_version": ORDER_VERSION,
             **({} if config.data.packing == "windows" else {"packing": config.data.packing}),
+            **({} if config.data.packing == "windows" else {"packs": self.packs(begun)}),
         }
         if len(begun) == len(read) == 1 and stages[0].seq_len == stages[0].grid:
             return {"data": prints[self.sources[read[0]].name], **common}
@@ -88,6 +89,15 @@ class Reading:
             if stages[s].seq_len < stages[s].grid and s + 1 < len(stages):  # its rows are permuted up to its end
                 told[str(s)]["end_sample"] = stages[s + 1].first
         return {"data": prints, "stages": told, **common}
+
+    def packs(self, stages: Sequence[int]) -> dict[str, str]:
+        """Hashes of the packs that these stages read; of windows there are none."""
+        return {
+            f"{self.sources[k].name} in rows of {rows.seq_len}": rows.pack.sha256
+            for s in stages
+            for k, rows in enumerate(self.dataset.rows[s])
+            if isinstance(rows, Packed)
+        }
 
     def figures(self, samples: int) -> dict[str, Any]:
         """What the run's first `samples` are, by stage and by source, in plain numbers."""
@@ -240,9 +250,12 @@ def _mixed_rows(config: Config, sources: Sequence[Source]) -> MixedRows:
             key = (k, plan.seq_len)
             if share and key not in opened:
                 vocab_size = source.manifest.tokenizer.vocab_size
-                opened[key] = make_rows(
+                opened[key] = made = make_rows(
                     source.path, data.train_split, seq_len=plan.seq_len, vocab_size=vocab_size, packing=data.packing
                 )
+                if isinstance(made, Packed) and made.pack.n_bytes <= data.verify_gib * 2**30:
+                    for problem in made.pack.problems():
+                        raise ShardError(problem)
             rows[-1].append(opened[key] if share else None)
     epoch_rows = []
     for k, source in enumerate(sources):

@@ -16,8 +16,10 @@ from mamba_pretrain import train
 from mamba_pretrain.build import Run, TrainState, build
 from mamba_pretrain.checkpoint import CheckpointError
 from mamba_pretrain.config import Config, ConfigError, load
-from mamba_pretrain.data.dataset import open_split
+from mamba_pretrain.data.dataset import open_split, verify
 from mamba_pretrain.data.mixture import RESOLUTION
+from mamba_pretrain.data.packs import Pieces, pack_path, write_pack
+from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.reading import open_reading
 from mamba_pretrain.saver import Saver
 from mamba_pretrain.train import run, steps
@@ -99,6 +101,28 @@ def test_padding_of_packed_documents_is_counted(paths: dict[str, Path], tmp_path
         assert_adds_up(this)
         assert this.state.padding_tokens > 0
         assert this.identity["packing"] == how
+
+
+def test_a_pack_that_changed_is_refused_and_named(tmp_path: Path) -> None:
+    """Damaged: by its own hash, at start-up and by verify. Whole, but another: by a resume."""
+    path = make_dataset(tmp_path / "web", n_documents=70)
+    assert pack_shards.main([str(path), "--seq-len", "32"]) == 0
+    words = ["data.packing=best_fit", "train.batch_tokens=256"]
+    this = build(small_config(path, tmp_path / "run", *words))
+    advance(this, 2)
+    Saver(this).save()
+    pack = pack_path(path, "train", "best_fit", 32)
+    good = pack.read_bytes()
+    pack.write_bytes(good[:-40] + bytes(8) + good[-32:])
+    for problem in verify(path):
+        assert "train.best_fit-32.pack is not what was written" in problem
+    assert verify(path)
+    with pytest.raises(ShardError, match="is not what was written, it has another sha256: run python -m data_prep"):
+        build(small_config(path, tmp_path / "run", *words, "checkpoint.resume=auto"))
+    other = Pieces(np.array([1]), np.array([0]), np.array([32], np.int32))
+    write_pack(pack, "best_fit", 32, this.reading.manifest.splits["train"].files["train.idx"].sha256, 1, 0, [other])
+    with pytest.raises(CheckpointError, match=r"packs.web in rows of 32 was '[0-9a-f]{64}', is '[0-9a-f]{64}'"):
+        build(small_config(path, tmp_path / "run", *words, "checkpoint.resume=auto"))
 
 
 def test_targets_of_skipped_steps_are_counted_apart(

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from mamba_pretrain.data.manifest import Manifest
+from mamba_pretrain.data.packs import packs_beside
 from mamba_pretrain.data.scan import Marks, Progress, Scan, read_once, scan, undecodable
 from mamba_pretrain.data.shards import Shard, ShardError
 from mamba_pretrain.data.tokenizer import TokenizerError, dataset_tokenizer
@@ -120,6 +121,11 @@ def _check_split(directory: Path, manifest: Manifest, split: str, progress: Prog
                 f"{directory / name} has sha256 {sha256[:12]}, the manifest says {expected.sha256[:12]}: it changed"
             )
     problems += found.problems
+    try:
+        for pack in packs_beside(directory, split, info.files[f"{split}.idx"].sha256):
+            problems += pack.problems()
+    except ShardError as error:
+        problems.append(str(error))
     for promised, count, first, what in (
         (manifest.adds_bos, marks.with_bos, marks.first_without_bos, f"begin with the bos, id {tokenizer.bos_id}"),
         (manifest.adds_eod, marks.with_eod, marks.first_without_eod, f"end with the eod, id {tokenizer.eod_id}"),

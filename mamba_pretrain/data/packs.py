@@ -48,6 +48,14 @@ def pack_path(directory: Path, split: str, how: str, seq_len: int) -> Path:
     return directory / f"{split}.{how}-{seq_len}.pack"
 
 
+def packs_beside(directory: Path, split: str, idx_sha256: str) -> Iterator[Pack]:
+    """All packs of a split. Raises ShardError as Pack does."""
+    for path in sorted(directory.glob(f"{split}.*-*.pack")):
+        how, _, length = path.name.removeprefix(f"{split}.").removesuffix(".pack").rpartition("-")
+        if how in HOW and length.isdecimal():
+            yield Pack(directory, split, how, int(length), idx_sha256)
+
+
 def command(directory: Path, split: str, how: str, seq_len: int) -> str:
     """What to run for a pack."""
     return f"python -m data_prep.pack_shards {directory} --seq-len {seq_len} --how {how} --split {split}"
@@ -91,8 +99,15 @@ class Pack:
                 f"the dataset was made again since; {again}"
             )
         found, expected = self.path.stat().st_size, HEADER.size + 12 * self.n_pieces + 8 * (self.n_rows + 1)
+        self.n_bytes = found
         if found != expected:
             raise ShardError(f"{self.path} has {found:,} bytes, its header promises {expected:,}: truncated; {again}")
+
+    @property
+    def sha256(self) -> str:
+        """Of the contents, as the header says; `problems` holds them against it."""
+        digest: bytes = self._sha256
+        return digest.hex()
 
     def __reduce__(self) -> tuple[type[Pack], tuple[Path, str, str, int, str]]:
         return Pack, (self.directory, self.split, self.how, self.seq_len, self.idx_sha256)
