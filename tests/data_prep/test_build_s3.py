@@ -6,35 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import s3fs
 
 from data_prep import build_shards, merge_shards
 from mamba_pretrain.data.dataset import verify
 from tests.helpers.corpora import make_documents, write_jsonl
-
-server_module = pytest.importorskip("moto.server")
-s3fs = pytest.importorskip("s3fs")
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = server_module.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+from tests.helpers.s3 import s3_server
 
 
 @pytest.fixture
-def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    s3fs.S3FileSystem.clear_instance_cache()
-    name = request.node.name.replace("_", "-")[:60]
-    s3fs.S3FileSystem().mkdir(name)
-    yield f"s3://{name}/data/pile"
-    s3fs.S3FileSystem.clear_instance_cache()
+def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
+    with s3_server():
+        name = request.node.name.replace("_", "-")[:60]
+        s3fs.S3FileSystem().mkdir(name)
+        yield f"s3://{name}/data/pile"
 
 
 @pytest.fixture

@@ -8,39 +8,26 @@ from typing import Any
 
 import fsspec
 import pytest
-from moto.server import ThreadedMotoServer
 
 from data_prep import copy_dataset as module
 from data_prep import fetch
 from data_prep.copy_dataset import copy_dataset
 from data_prep.registries import FetchError
 from mamba_pretrain.data.dataset import verify
+from tests.helpers.s3 import s3_server
 
 URL = "s3://bucket/datasets/small"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
-def s3(server: str, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    fsspec.config.conf.clear()
-    s3 = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
-    s3.mkdir("bucket")
-    for path in dataset.iterdir():
-        s3.put_file(str(path), f"{URL}/{path.name}")
-    yield s3
-    s3.rm("bucket", recursive=True)
+def s3(dataset: Path) -> Iterator[Any]:
+    with s3_server():
+        fsspec.config.conf.clear()
+        s3 = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
+        s3.mkdir("bucket")
+        for path in dataset.iterdir():
+            s3.put_file(str(path), f"{URL}/{path.name}")
+        yield s3
 
 
 def test_a_dataset_on_s3_becomes_the_same_on_disk(

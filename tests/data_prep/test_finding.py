@@ -21,6 +21,7 @@ from data_prep.corpus import Corpus
 from data_prep.streams import CorpusError, UnreadableError
 from tests.helpers.corpora import make_documents, write_jsonl
 from tests.helpers.inputs import jsonl_bytes, save_dataset, texts, write_parquet, write_zst
+from tests.helpers.s3 import s3_server
 
 DOCUMENTS = make_documents(300)
 HALF = len(DOCUMENTS) // 2
@@ -29,19 +30,7 @@ HALF = len(DOCUMENTS) // 2
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     """The URL of a bucket on a server of its own, with what a corpus may look like."""
-    server_module, s3fs = pytest.importorskip("moto.server"), pytest.importorskip("s3fs")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    address = "http://{}:{}".format(*server.get_host_and_port())
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (
-            ("AWS_ENDPOINT_URL", address),
-            ("AWS_ACCESS_KEY_ID", "key"),
-            ("AWS_SECRET_ACCESS_KEY", "secret"),
-            ("AWS_DEFAULT_REGION", "us-east-1"),
-        ):
-            patch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
+    with s3_server():
         files = fsspec.filesystem("s3")
         files.mkdir("bucket")
         files.pipe("bucket/corpus/a.jsonl", jsonl_bytes(DOCUMENTS[:HALF]))
@@ -50,8 +39,6 @@ def s3() -> Iterator[str]:
         files.pipe("bucket/corpus/README.md", b"x")
         files.pipe("bucket/corpus/empty/", b"")
         yield "s3://bucket"
-        s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
 
 
 def test_a_prefix_on_s3_is_a_directory(s3: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -92,9 +93,10 @@ def fake_live_peak(config: Config) -> int:
 
 
 def resident_peak(ranks: Ranks, config: Config) -> int:
-    """Bytes by which two steps raise the process's resident memory at its highest, over what libraries took before.
+    """Bytes by which two steps raise the process's anonymous memory at its highest, over what it took before.
 
-    Freed memory goes back to the system at once here; a training run keeps it (env.keep_freed_memory) and so holds its
+    Pages of files, libraries' above all, are left out: the system takes cold ones back while the steps go on. Freed
+    memory goes back to the system at once here; a training run keeps it (env.keep_freed_memory) and so holds its
     fragments, too.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what `empty` makes: untouched pages do not count
@@ -106,10 +108,20 @@ def resident_peak(ranks: Ranks, config: Config) -> int:
     tiny.zero, tiny.fsdp = config.zero, config.fsdp
     _two_steps(ranks, tiny)
     gc.collect()
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    before = peak = _status("RssAnon")
+    ended = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not ended.wait(0.002):
+            peak = max(peak, _status("RssAnon"))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
     _two_steps(ranks, config)
-    return _status("VmHWM") - before
+    ended.set()
+    watching.join()
+    return peak - before
 
 
 def _two_steps(ranks: Ranks, config: Config, fake: bool = False) -> None:

@@ -32,17 +32,11 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "rows", "length", "micro_batches", "options"),
     [
-        pytest.param("130m", 4, 512, 1, [], marks=slow),
         ("130m", 8, 2048, 1, ["train.activation_checkpointing=true", "model.n_layer=6"]),
-        pytest.param("130m", 8, 2048, 1, ["train.activation_checkpointing=true"], marks=slow),
         pytest.param("130m", 1, 2048, 2, ["train.precision=fp32"], marks=slow),
-        pytest.param("2.8b", 1, 2048, 1, ["train.activation_checkpointing=true"], marks=slow),
         pytest.param("130m", 4, 512, 2, ["train.precision=fp32", "train.activation_checkpointing=true"], marks=slow),
         pytest.param("370m", 8, 1024, 1, ["train.activation_checkpointing=true"], marks=slow),
-        pytest.param("370m", 2, 2048, 2, [], marks=slow),
-        pytest.param("790m", 4, 2048, 1, [], marks=slow),
         pytest.param("790m", 1, 512, 4, ["data.reset_documents=false"], marks=slow),
-        pytest.param("1.4b", 2, 2048, 2, [], marks=slow),
         pytest.param("1.4b", 16, 2048, 2, ["train.activation_checkpointing=true"], marks=slow),
         pytest.param("2.8b", 4, 2048, 1, ["train.precision=fp32"], marks=slow),
         pytest.param("2.8b", 1, 2048, 2, [], marks=slow),
