@@ -62,15 +62,13 @@ class TrainState:
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{path} cannot be read ({error!r}): resume from another checkpoint") from error
 
-    def count(self, tokens: int, targets: int, padding: int, by_source: dict[str, int], *, skipped: bool) -> None:
+    def count(self, tokens: int, targets: int, padding: int, *, skipped: bool) -> None:
         """Adds what one step read."""
         self.tokens += tokens
         self.trained_tokens += 0 if skipped else targets
         self.skipped_tokens += targets if skipped else 0
         self.padding_tokens += padding
         self.masked_tokens += tokens - targets - padding
-        for name, n in by_source.items():
-            self.source_tokens[name] = self.source_tokens.get(name, 0) + n
 
     def figures(self) -> dict[str, int]:
         values = asdict(self)
@@ -129,7 +127,8 @@ def build(config: Config, ranks: Ranks = ALONE) -> Run:
             known = ModelConfig(**checkpoint.read_manifest(resume_from)["identity"]["model"])
         config = dataclasses.replace(config, model=resolve_model(config.model, known, manifest))
         if resume_from is not None:
-            _check_identity(resume_from, config, reading, state)
+            _check_identity(resume_from, config, reading, state.samples)
+            state.source_tokens = reading.told_tokens(state.samples)  # the sources may have other names now
         end = reading.check(config, state.step, state.samples)
     log.info("%s", table(reading.figures(end)))
     agree(
@@ -261,10 +260,10 @@ def _resume_from(config: Config) -> Path | None:
     return path
 
 
-def _check_identity(path: Path, config: Config, reading: Reading, state: TrainState) -> None:
+def _check_identity(path: Path, config: Config, reading: Reading, samples: int) -> None:
     """Raises CheckpointError unless `config` goes on with the same training on the same data."""
     manifest = checkpoint.read_manifest(path)
-    saved, current = _flat(manifest["identity"]), _flat(identity(config, reading, state.samples))
+    saved, current = _flat(manifest["identity"]), _flat(identity(config, reading, samples))
     changed = [
         f"{k} was {saved.get(k)!r}, is {current.get(k)!r}" for k in current | saved if saved.get(k) != current.get(k)
     ]
@@ -273,8 +272,6 @@ def _check_identity(path: Path, config: Config, reading: Reading, state: TrainSt
             f"{path} is of another run, and going on would not be the same training: {'; '.join(changed)}. "
             "Undo the change, or start a new run_dir from these weights with train.init_from"
         )
-    if len(reading.sources) > 1 and not state.source_tokens:
-        state.source_tokens = reading.source_tokens(state.samples)
 
 
 def _restore(run: Run, path: Path) -> None:

@@ -63,6 +63,10 @@ class Reading:
                 found[source.name] += n * stage.seq_len
         return found
 
+    def told_tokens(self, sample: int) -> dict[str, int]:
+        """`source_tokens` where there are several sources; of one they would say nothing new."""
+        return self.source_tokens(sample) if len(self.sources) > 1 else {}
+
     def identity(self, config: Config, sample: int) -> dict[str, Any]:
         """What decided the data up to `sample`. Stages that begin later, and their sources, are free to change.
 

@@ -133,7 +133,7 @@ def steps(run: Run) -> Iterator[Step]:
         micro_batches = [next(loader) for _ in range(accumulation)]
         data_seconds = time.perf_counter() - began
         # The loss is a mean over the whole batch's targets, however unevenly packing spreads them over the ranks.
-        targets, padding, *by_source = map(int, ranks.sum(*_tally(run, micro_batches)))
+        targets, padding = map(int, ranks.sum(*_tally(micro_batches)))
         total = torch.zeros((), device=run.device)
         for i, batch in enumerate(micro_batches):
             loss = _loss_sum(run, batch) / max(1, targets)
@@ -147,23 +147,18 @@ def steps(run: Run) -> Iterator[Step]:
         state.step += 1
         state.samples = samples.stop
         state.epoch = run.reading.epoch(state.samples)
-        tokens_of = dict(zip([source.name for source in run.reading.sources], by_source, strict=False))
-        state.count(config.train.batch_tokens, targets, padding, tokens_of, skipped=result.skipped)
+        state.source_tokens = run.reading.told_tokens(state.samples)
+        state.count(config.train.batch_tokens, targets, padding, skipped=result.skipped)
         loss_by_rank = ranks.gather(total.item()) if result.skipped else ranks.sum(total.item())
         yield Step(
             math.fsum(loss_by_rank), lr, result, samples, loss_by_rank, time.perf_counter() - began, data_seconds
         )
 
 
-def _tally(run: Run, micro_batches: Sequence[Batch]) -> list[int]:
-    """This rank's targets, padding and, where there are several sources, tokens of each."""
-    counts = [0, 0] + [0] * len(run.reading.sources)
-    for batch in micro_batches:
-        counts[0] += int((batch["labels"] != IGNORE).sum())
-        counts[1] += int(batch["padding"].sum())
-        for source in batch["sources"].tolist():
-            counts[2 + source] += batch["input_ids"].shape[1]
-    return counts if len(run.reading.sources) > 1 else counts[:2]
+def _tally(micro_batches: Sequence[Batch]) -> tuple[int, int]:
+    """This rank's targets and padding."""
+    targets = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
+    return targets, sum(int(batch["padding"].sum()) for batch in micro_batches)
 
 
 def _loss_sum(run: Run, batch: dict[str, Tensor]) -> Tensor:

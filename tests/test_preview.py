@@ -17,6 +17,7 @@ from mamba_pretrain.data.packing import IGNORE
 from mamba_pretrain.preview import document_lengths, measure
 from mamba_pretrain.reading import open_reading
 from tests.helpers.corpora import make_dataset
+from tests.helpers.rows import foreign_shard
 from tests.helpers.runs import OPTIONS
 
 STAGES = "data.stages=[{}, {from_tokens: 1024, weights: {code: 3}, seq_len: 64}]"
@@ -90,6 +91,13 @@ def test_the_histogram_is_of_all_documents_or_says_of_how_many(tmp_path: Path, m
     assert sum(row["documents"] for row in found["histogram"]) == 90
     monkeypatch.setattr(preview_module, "DOCUMENTS", 32)
     assert document_lengths(shard)["looked_at"] == 32
+
+
+def test_the_histogram_counts_empty_documents(tmp_path: Path) -> None:
+    shard = foreign_shard(tmp_path, [[1, 2], [], [3], []], [0, 0, 1, 2, 3, 4])
+    found = document_lengths(shard)
+    assert (found["of"], found["looked_at"]) == (5, 5)
+    assert [(row["documents"], row["tokens"]) for row in found["histogram"]] == [(3, 0), (1, 1), (1, 2)]
 
 
 def test_a_missing_directory_for_the_figures_is_said_at_once(

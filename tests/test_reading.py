@@ -141,7 +141,7 @@ def test_targets_of_skipped_steps_are_counted_apart(
 def test_a_state_from_before_tokens_were_counted_goes_on_counting(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text(json.dumps({"step": 3, "samples": 24, "tokens": 768, "epoch": 0}))
     state = TrainState.read(tmp_path)
-    state.count(256, 200, 0, {}, skipped=False)
+    state.count(256, 200, 0, skipped=False)
     assert (state.uncounted_tokens, state.trained_tokens, state.masked_tokens, state.tokens) == (768, 200, 56, 1024)
     (tmp_path / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match="state.json cannot be read"):
@@ -219,6 +219,20 @@ def test_a_run_of_one_dataset_may_go_on_with_more(paths: dict[str, Path], tmp_pa
     advance(resumed, 5)
     assert_adds_up(resumed)
     assert resumed.state.source_tokens["code"] > 0
+
+
+def test_tokens_by_source_add_up_after_a_source_was_renamed(paths: dict[str, Path], tmp_path: Path) -> None:
+    stages = "data.stages=[{weights: {code: 0}}, {from_tokens: 1024, weights: {code: 1}}]"
+    before = build(mixed_config(paths, tmp_path / "run", stages=stages))
+    advance(before, 2)
+    assert before.state.source_tokens == {"code": 0, "web": 512}
+    Saver(before).save()
+    sources = f"data.sources=[{{path: {paths['web']}, weight: 2}}, {{path: {paths['code']}, name: github, weight: 1}}]"
+    words = (sources, "checkpoint.resume=auto")
+    resumed = build(mixed_config(paths, tmp_path / "run", *words, stages=stages.replace("code", "github")))
+    assert resumed.state.source_tokens == {"github": 0, "web": 512}
+    advance(resumed, STEPS - 2)
+    assert_adds_up(resumed)
 
 
 def test_the_order_of_sources_in_a_file_has_no_meaning(paths: dict[str, Path], tmp_path: Path) -> None:
