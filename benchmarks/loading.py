@@ -11,6 +11,7 @@ import torch
 from benchmarks.machine import own_mib
 from mamba_pretrain.data.dataset import open_split
 from mamba_pretrain.data.loader import Batch, WindowDataset, batches
+from mamba_pretrain.distributed.env import keep_freed_memory
 
 SEED = 0
 
@@ -27,6 +28,7 @@ class Ours(Side):
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
+        keep_freed_memory()  # as in training
         self.batches: Iterator[Batch]
 
     def open(self, directory: str, length: int, rows: int) -> int:

@@ -280,6 +280,7 @@ def parser() -> ArgumentParser:
 
 
 def place(text: str) -> str | Path:
+    text = text.removeprefix("file://") if text.startswith("file:///") else text  # as inputs are
     return text if is_url(text) else Path(text)
 
 

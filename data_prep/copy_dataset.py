@@ -32,6 +32,12 @@ def copy_dataset(url: str, output: Path) -> Manifest:
     raw = _read(remote, f"{root}/{MANIFEST}", url)
     if output.exists():
         if (output / MANIFEST).is_file() and (output / MANIFEST).read_bytes() == raw:
+            manifest = Manifest.read(output)
+            for name, size in {n: f.bytes for s in manifest.splits.values() for n, f in s.files.items()}.items():
+                if not (output / name).is_file() or (output / name).stat().st_size != size:
+                    raise FetchError(
+                        f"{output} is there, but {name} is missing or not of {size:,} bytes: remove {output}"
+                    )
             print(f"{output}: was complete already")
             return Manifest.read(output)
         raise FetchError(f"{output} exists and is not the dataset at {url}: choose another directory")

@@ -141,8 +141,10 @@ def _listing(fs: Any, path: str, url: str, known: Callable[[str], bool]) -> Iter
 def _require_distinct(files: Sequence[str]) -> None:
     first: dict[str, str] = {}
     for path in files:
-        if (other := first.setdefault(path if is_url(path) else os.path.realpath(path), path)) is not path:
-            raise CorpusError(f"{path} is among the inputs twice, first as {other}: its text would count double")
+        place = path if is_url(path) else os.path.realpath(path)
+        if place in first:
+            raise CorpusError(f"{path} is among the inputs twice, first as {first[place]}: its text would count double")
+        first[place] = path
     for place, path in first.items():
         directory = os.path.dirname(place)
         if path.endswith(".arrow") and (dataset := first.get(directory) or first.get(os.path.dirname(directory))):

@@ -32,7 +32,7 @@ def read_txt(unit: Unit, reading: Reading) -> Iterator[Record]:
         yield _text(content(unit.source, reading.max_record_bytes), unit, 1, reading)
     elif reading.txt_documents == "line":
         for number, line in _lines(unit, reading):
-            if line.strip():
+            if isinstance(line, TooLong) or line.strip():
                 yield _text(line if isinstance(line, TooLong) else line.rstrip(b"\r\n"), unit, number, reading)
     else:
         yield from _blocks(unit, reading)
@@ -129,7 +129,7 @@ def read_fasta(unit: Unit, reading: Reading) -> Iterator[Record]:
             if begin:
                 yield record()
             letters, begin, size, invalid = [], number, 0, ""
-        elif line.strip() and not begin:
+        elif (isinstance(line, TooLong) or line.strip()) and not begin:
             begin, invalid = number, "sequence before the first header, a line that starts with '>'"
         elif not line.isascii():
             invalid = f"the record has a byte beyond ASCII in line {number}"

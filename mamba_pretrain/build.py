@@ -268,8 +268,12 @@ def _check_identity(path: Path, config: Config, reading: Reading, samples: int) 
         f"{k} was {saved.get(k)!r}, is {current.get(k)!r}" for k in current | saved if saved.get(k) != current.get(k)
     ]
     if changed:
+        differ = {k for k in current | saved if saved.get(k) != current.get(k)}
+        hint = ""
+        if config.data.stages and any(k == "seq_len" or k.endswith(".end_sample") for k in differ):
+            hint = "The longest row length of all stages, and where one of shorter rows ends, decide how rows are cut. "
         raise CheckpointError(
-            f"{path} is of another run, and going on would not be the same training: {'; '.join(changed)}. "
+            f"{path} is of another run, and going on would not be the same training: {'; '.join(changed)}. {hint}"
             "Undo the change, or start a new run_dir from these weights with train.init_from"
         )
 

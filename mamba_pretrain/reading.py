@@ -15,7 +15,7 @@ from mamba_pretrain.data.loader import MixedRows
 from mamba_pretrain.data.manifest import Manifest
 from mamba_pretrain.data.mixture import RESOLUTION, Mixture, Stage, shares_by_size
 from mamba_pretrain.data.order import ORDER_VERSION
-from mamba_pretrain.data.packing import Packed, Rows, make_rows, n_windows
+from mamba_pretrain.data.packing import Packed, Rows, Windows, make_rows, n_windows
 from mamba_pretrain.data.shards import Shard, ShardError
 from mamba_pretrain.data.tokenizer import Tokenizer, dataset_tokenizer, load_tokenizer
 
@@ -128,8 +128,9 @@ class Reading:
         rows_of = zip(*self.dataset.rows, strict=True)
         left_over, epochs = mixture.left_over(samples), mixture.epochs(samples)
         for k, (source, rows) in enumerate(zip(self.sources, rows_of, strict=True)):
-            # Of windows in several lengths, the longest are what an epoch is made of.
             coarsest = max((r for r in rows if r is not None), key=lambda r: r.seq_len, default=None)
+            if isinstance(coarsest, Windows):  # of several lengths, the longest of all stages are what an epoch is of
+                coarsest = Windows(source.train, mixture.stages[0].grid, coarsest.vocab_size)
             once = tokens[source.name] if epochs[k] <= 1 else int(tokens[source.name] / epochs[k])
             sources.append(
                 {

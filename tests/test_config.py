@@ -194,3 +194,11 @@ def test_presets_are_the_published_recipe(variant: str, lr: float, batch: int, s
     )
     assert (config.optim.min_lr, config.optim.schedule, config.optim.warmup_fraction) == (1e-5, "cosine", 0.1)
     assert (config.data.seq_len, config.model.variant, config.model.padded_vocab_size) == (2048, variant, 50280)
+
+
+def test_a_dataset_in_the_working_directory_is_called_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (source,) = c.load([], ["data.path=.", "train.steps=1"]).data.named_sources
+    assert source.name == tmp_path.name
+    with pytest.raises(c.ConfigError, match=r"data.sources\[0\] has no name: / is no directory to be called by"):
+        c.load([], ["data.sources=[{path: /}]", "train.steps=1"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -51,7 +52,7 @@ class DataConfig:
     def named_sources(self) -> list[SourceConfig]:
         """`sources`, or the one of `path`, with their names filled in; empty where no dataset is named."""
         given = self.sources or ([SourceConfig(path=self.path)] if self.path is not None else [])
-        return [replace(s, name=s.name or Path(s.path or "").name) for s in given]
+        return [replace(s, name=s.name or (Path(os.path.abspath(s.path)).name if s.path else "")) for s in given]
 
     @property
     def seq_lens(self) -> list[int]:
@@ -94,6 +95,9 @@ class DataConfig:
         for name, count in Counter(names).items():
             if count > 1 and name:
                 yield f"{count} of data.sources are called {name!r}: give each a name of its own"
+        for i, (source, name) in enumerate(zip(self.sources, names, strict=False)):
+            if source.path and not name:
+                yield f"data.sources[{i}] has no name: {source.path} is no directory to be called by, give it a name"
         if all(names):
             yield from self._stage_problems(names)
 

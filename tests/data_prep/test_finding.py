@@ -223,3 +223,11 @@ def test_the_files_of_a_dataset_are_not_read_twice(tmp_path: Path) -> None:
     (table,) = saved.glob("*.arrow")
     with pytest.raises(CorpusError, match=r"\.arrow is part of the dataset .*saved, which is among the inputs, too"):
         Corpus([saved, table])
+
+
+def test_one_name_twice_is_one_file_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:2])
+    monkeypatch.chdir(tmp_path)
+    for other in ("a.jsonl", "./a.jsonl", str(tmp_path / "a.jsonl")):
+        with pytest.raises(CorpusError, match="is among the inputs twice, first as a.jsonl"):
+            Corpus(["a.jsonl", other])

@@ -160,3 +160,11 @@ def test_a_line_of_two_gigabytes_is_read_over(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert (document.text, corpus.skipped) == ("last", 1)
+
+
+def test_a_long_record_that_begins_with_blanks_is_not_a_blank_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("first\n" + 50 * " " + 200 * "x" + "\nlast\n")
+    corpus = Corpus([path], txt_documents="line", max_record_bytes=100, on_error="skip")
+    assert [document.text for document in corpus] == ["first", "last"]
+    assert corpus.skipped == 1
