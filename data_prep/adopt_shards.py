@@ -202,6 +202,12 @@ def body(arguments: Namespace) -> int:
     for path in (path for source in sources.values() for path in source.files):
         if path.resolve().is_relative_to(arguments.output.resolve()):
             raise ShardError(f"{arguments.output} holds {path}, which it would replace: choose another output")
+    owner: dict[Path, str] = {}
+    for split, source in sources.items():
+        for path in (path.resolve() for path in source.files):
+            if path in owner:
+                raise ShardError(f"{path} is given as {owner[path]} and as {split}: a split of its own for each")
+            owner[path] = split
     manifest, notes = adopt(
         sources,
         load_tokenizer(arguments.tokenizer, eod=arguments.eod),

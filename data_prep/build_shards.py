@@ -112,6 +112,7 @@ def make_parts(corpus: Corpus, store: Store, plan: Plan, chosen: range, processe
 
             ended: Generator[tuple[Any, Any]]
             if processes > 1:
+                planned_tokenizer(store, plan)  # what is wrong with it is better said once, here
                 ended = pool.run(tasks, processes, _worker, (corpus, plan, store), report)
             else:
                 ended = _in_process(tasks, corpus, plan, store, report)
@@ -323,6 +324,8 @@ def body(arguments: Namespace) -> int:
         "unit_bytes": arguments.unit_bytes,
         "command": content_command(arguments),
     }
+    if arguments.task and arguments.overwrite:
+        raise ShardError("--overwrite goes with the command that makes the dataset: with merge_shards, not with --task")
     if arguments.task:
         index, count = arguments.task
         n_parts = build_task(output=arguments.output, task=arguments.task, processes=arguments.processes, **what)

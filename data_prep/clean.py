@@ -170,6 +170,10 @@ def parser() -> ArgumentParser:
 def body(arguments: Namespace) -> int:
     if not arguments.filters and not arguments.minhash:
         raise CorpusError("nothing to do: give --filters, --minhash or both")
+    for option in ("ngram", "buckets", "hashes", "workers", "tasks"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise CorpusError(f"--{option} {value}: expected 1 or more")
     try:
         report = clean(
             Corpus.from_arguments(arguments),

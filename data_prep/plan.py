@@ -22,7 +22,7 @@ from data_prep.records import Reading, Unit
 from data_prep.store import Store, store_at
 from mamba_pretrain.data.manifest import SourceInfo, SplitRule, TokenizerInfo, from_json
 from mamba_pretrain.data.shards import ShardError
-from mamba_pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from mamba_pretrain.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from mamba_pretrain.data.writer import token_dtype
 
 PLAN: Final = "plan.json"
@@ -194,7 +194,10 @@ def planned_tokenizer(store: Store, plan: Plan) -> Tokenizer:
         for name in store.names():
             if name.startswith("tokenizer"):
                 (Path(scratch) / name).write_bytes(store.read(name))
-        tokenizer = load_tokenizer(scratch)
+        try:
+            tokenizer = load_tokenizer(scratch)
+        except TokenizerError as error:
+            raise ShardError(f"the copy of the tokenizer in {store} is damaged: remove {store}, build again") from error
     if tokenizer.sha256 != plan.tokenizer.sha256:
         raise ShardError(f"{store}/{tokenizer.file} changed since the build began: remove {store} and build again")
     return tokenizer

@@ -96,10 +96,10 @@ def test_neox_files_are_linked_not_copied_and_trained_on(
 
 
 def test_hard_links_outlive_the_originals(tokenizer: Path, documents: list[list[int]], tmp_path: Path) -> None:
-    prefix = write_neox(tmp_path / "pile", documents)
-    assert (
-        adopt(tmp_path / "pile.bin", tokenizer, tmp_path / "data", "--link", "hard", "--validation", str(prefix)) == 0
-    )
+    write_neox(tmp_path / "pile", documents)
+    held_out = str(write_neox(tmp_path / "held_out", documents[:9]))
+    options = ("--link", "hard", "--validation", held_out)
+    assert adopt(tmp_path / "pile.bin", tokenizer, tmp_path / "data", *options) == 0
     assert os.path.samefile(tmp_path / "data/train.bin", tmp_path / "pile.bin")
     for suffix in (".bin", ".idx"):
         (tmp_path / f"pile{suffix}").unlink()
@@ -296,6 +296,7 @@ def test_wrong_uses_are_one_message(
         (["--train", str(tmp_path / "gone"), "--output", "x"], "gone.bin and gone.idx (Megatron-LM, GPT-NeoX), or"),
         (["--train", str(prefix), "--output", str(tmp_path / "data"), "--overwrite"], "which it would replace"),
         (["--train", str(prefix), "--output", "x", "--token-bytes", "2"], "leave it out"),
+        (["--train", str(prefix), "--validation", str(prefix), "--output", "x"], "is given as train and as validation"),
     ):
         assert adopt_shards.main([*arguments, "--tokenizer", str(tokenizer)]) == 2
         error = capsys.readouterr().err

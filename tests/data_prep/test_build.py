@@ -331,3 +331,15 @@ def test_a_part_that_changed_is_named(inputs: list[Path], tmp_path: Path, capsys
     counts.write_text(json.dumps({**json.loads(counts.read_text()), "documents": 10_000}))
     assert merge_shards.main([str(output)]) == 2
     assert "10,000 were counted" in capsys.readouterr().err
+
+
+def test_a_damaged_copy_of_the_tokenizer_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(300))
+    words = [str(corpus), "--tokenizer", "bytes", "--output", str(tmp_path / "data"), "--unit-bytes", "5000"]
+    assert build_shards.main([*words, "--task", "0/2"]) == 0
+    (tmp_path / "data.work/tokenizer.bytes").write_text("?")
+    assert build_shards.main([*words, "--processes", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "the copy of the tokenizer in" in error and "is damaged: remove" in error and "Traceback" not in error
+    assert build_shards.main([*words, "--task", "0/2", "--overwrite"]) == 2
+    assert "--overwrite goes with" in capsys.readouterr().err

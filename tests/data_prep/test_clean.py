@@ -13,6 +13,7 @@ from datatrove.data import Document
 
 from data_prep import build_shards, clean, clean_steps
 from mamba_pretrain.data.manifest import Manifest
+from tests.helpers.corpora import write_jsonl
 
 RNG = random.Random(0)
 WORDS = ["river", "stone", "carries", "ancient", "window", "morning", "garden", "letter", "quiet", "journey", "harbor"]
@@ -169,3 +170,11 @@ def test_without_datatrove_the_extra_is_named(
     monkeypatch.setitem(clean.sys.modules, "data_prep.clean_steps", None)
     assert run_clean(corpus, tmp_path / "clean", *FILTERS) == 2
     assert "pip install 'mamba-pretrain[clean]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--tasks", "--workers", "--buckets", "--hashes", "--ngram"])
+def test_none_of_something_is_said_at_once(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", ["a"])
+    assert clean.main([str(corpus), "--output", str(tmp_path / "out"), "--minhash", option, "0"]) == 2
+    assert f"{option} 0: expected 1 or more" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [corpus]
