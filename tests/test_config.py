@@ -198,7 +198,7 @@ def test_presets_are_the_published_recipe(variant: str, lr: float, batch: int, s
 
 def test_a_dataset_in_the_working_directory_is_called_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (source,) = c.load([], ["data.path=.", "train.steps=1"]).data.named_sources
+    (source,) = c.load([], [*SMALL, "data.path=."]).data.named_sources
     assert source.name == tmp_path.name
     with pytest.raises(c.ConfigError, match=r"data.sources\[0\] has no name: / is no directory to be called by"):
-        c.load([], ["data.sources=[{path: /}]", "train.steps=1"])
+        c.load([], [*SMALL, "data.sources=[{path: /}]"])

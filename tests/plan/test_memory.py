@@ -58,4 +58,8 @@ def test_the_peak_is_that_of_the_process(engine: str, micro_batches: int, option
     rows, length, shape = SIZES["large"]
     config = step_config(world, rows, length, *shape, *words, PRECISION, *options, micro_batches=micro_batches)
     found = max(on_ranks(world, resident_peak, config, timeout_s=900))
-    assert sum(peak(config, world, "native")[1].values()) == pytest.approx(found, rel=0.1)
+    # One of the embedding's two gradients is zeros but for the rows of the batch's tokens: pages that nobody touches.
+    untouched = {"end": 4 * config.model.padded_vocab_size * config.model.need("d_model")}
+    planned = moments(config, world, "native")
+    expected = max(sum(parts.values()) - untouched.get(name, 0) for name, parts in planned.items())
+    assert expected == pytest.approx(found, rel=0.1), planned
