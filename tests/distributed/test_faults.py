@@ -182,7 +182,7 @@ def test_a_long_evaluation_is_no_hang(dataset: Path, tmp_path: Path) -> None:
 
         class SlowWindows(perplexity.Windows):
             def read(self, rows: Any) -> Any:
-                time.sleep(0.15 * len(rows))
+                time.sleep(0.4 * len(rows))
                 return super().read(rows)
 
         perplexity.Windows = SlowWindows  # type: ignore[misc]
@@ -190,7 +190,7 @@ def test_a_long_evaluation_is_no_hang(dataset: Path, tmp_path: Path) -> None:
             "data.validation_split=validation",
             "eval.max_windows=32",
             "train.steps=1",
-            "train.hang_minutes=0.02",
+            "train.hang_minutes=0.08",
         )
         return main(words(dataset, tmp_path, *options))
 
