@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="none: beside the limit alone")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 32768], help="tokens of a row")
-    parser.add_argument("--batch-tokens", type=int, default=32768, help="(%(default)s)")
+    parser.add_argument("--batch-tokens", nargs="+", type=int, default=[32768, 131072], help="(%(default)s)")
     parser.add_argument("--corpus-tokens", type=int, default=200_000_000, help="to load from (%(default)s)")
     parser.add_argument("--load-tokens", type=int, default=64_000_000, help="to load in each turn (%(default)s)")
     parser.add_argument("--start-tokens", type=int, default=10**12, help="(%(default)s)")

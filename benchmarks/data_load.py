@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,9 @@ def measure_loading(report: Report, options: Any, scratch: Path) -> None:
     data = scratch / "letters"
     write_letters(data, options.corpus_tokens)
     heads = ("tokens a second", "ours / this", "", "")
-    report.row(
-        f"**loading, {options.batch_tokens:,} tokens a batch**", *(f"**{head}**" if head else "" for head in heads)
-    )
-    for length in options.lengths:
-        measure_length(report, options, length, data, scratch)
+    report.row("**loading**", *(f"**{head}**" if head else "" for head in heads))
+    for length, batch_tokens in product(options.lengths, options.batch_tokens):
+        measure_rows(report, options, length, max(batch_tokens // length, 1), data, scratch)
     tokens = (data / "train.bin").stat().st_size // DTYPE.itemsize
     report.note(
         f"loading: {tokens:,} tokens of {DTYPE.name} in documents of log-normal length around 1,000, in the system's "
@@ -46,8 +45,8 @@ def measure_loading(report: Report, options: Any, scratch: Path) -> None:
     shutil.rmtree(data)
 
 
-def measure_length(report: Report, options: Any, length: int, data: Path, scratch: Path) -> None:
-    rows = max(options.batch_tokens // length, 1)
+def measure_rows(report: Report, options: Any, length: int, rows: int, data: Path, scratch: Path) -> None:
+    what = f"{rows} x {length}"
     count = max(options.load_tokens // (rows * length), 1)
     expected = count * rows * length
     with ExitStack() as stack:
@@ -58,7 +57,7 @@ def measure_length(report: Report, options: Any, length: int, data: Path, scratc
                 cache = {"cache": str(scratch / f"indices-{length}")} if name == PEER else {}
                 worker.call("open", directory=str(data), length=length, rows=rows, **cache)
             except WorkerError as error:
-                _failed(report, f"{length}: {name} tokens", error)
+                _failed(report, f"{what}: {name} tokens", error)
                 continue
             workers[name] = worker
 
@@ -69,11 +68,11 @@ def measure_length(report: Report, options: Any, length: int, data: Path, scratc
 
         seconds = take_turns({name: Task(partial(run, worker)) for name, worker in workers.items()}, options.rounds)
     for name in workers:
-        cells: list[object] = [report.add(f"{length}: {name} tokens", rates(expected, seconds[name]))]
+        cells: list[object] = [report.add(f"{what}: {name} tokens", rates(expected, seconds[name]))]
         if name != OURS:
-            cells.append(report.add(f"{length}: ours / {name}", ratio(seconds[name], seconds.get(OURS, []))))
-        report.row(f"rows of {length:,}: {name}", *cells, *[""] * (4 - len(cells)))
-    report.goal(f"{length}: ours / {LIMIT}", AT_LEAST, OF_LIMIT)
+            cells.append(report.add(f"{what}: ours / {name}", ratio(seconds[name], seconds.get(OURS, []))))
+        report.row(f"{rows} rows of {length:,}: {name}", *cells, *[""] * (4 - len(cells)))
+    report.goal(f"{what}: ours / {LIMIT}", AT_LEAST, OF_LIMIT)
 
 
 def _failed(report: Report, figure: str, error: Exception) -> None:
@@ -102,7 +101,7 @@ def needed(tokens: int, document_tokens: int, length: int) -> int:
 def measure_start(report: Report, options: Any, scratch: Path) -> None:
     """Ours in a fresh process each round; the peer's indices once, as they take minutes."""
     data, length = scratch / "holes", options.lengths[0]
-    rows = max(options.batch_tokens // length, 1)
+    rows = max(options.batch_tokens[0] // length, 1)
     write_holes(data, options.start_tokens, options.start_document)
     index = (data / "train.idx").stat().st_size
 

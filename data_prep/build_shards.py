@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data_prep import pool
 from data_prep.command import new_parser, run
-from data_prep.corpus import Corpus, add_split_arguments, split_rule
+from data_prep.corpus import Corpus, add_split_arguments, chosen_rule, split_files
 from data_prep.merge import UselessError, merge, require_room
 from data_prep.parts import Counts, Failed, Progress, Task, finished, left_out, sweep, write_part
 from data_prep.plan import PLAN, Plan, agree, has_parts, name_of, planned_tokenizer, work_of
@@ -132,6 +132,8 @@ def make_parts(corpus: Corpus, store: Store, plan: Plan, chosen: range, processe
                         else:
                             failed[task.part] = reason
                     meter.finish(task.part, parts.get(task.part))
+    except pool.WorkerError as error:
+        raise ShardError(str(error)) from error
     finally:
         sweep(store, chosen)
     if failed:
@@ -298,6 +300,7 @@ def content_command(arguments: Namespace) -> list[str]:
     for action in parser()._actions:
         value = getattr(arguments, action.dest, action.default)
         plain = list(value) if isinstance(value, (list, tuple)) else [value]
+        plain = ["=".join(one) if isinstance(one, tuple) else one for one in plain]
         default = list(action.default) if isinstance(action.default, (list, tuple)) else [action.default]
         if action.option_strings and action.dest not in HOW_NOT_WHAT and plain != default:
             words += [action.option_strings[-1], *([] if action.nargs == 0 else map(str, plain))]
@@ -309,14 +312,14 @@ def body(arguments: Namespace) -> int:
     if arguments.processes < 1:
         raise ShardError(f"--processes {arguments.processes}: expected 1 or more")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process is one core, whichever it is
-    corpus = Corpus.from_arguments(arguments)
+    corpus = Corpus.from_arguments(arguments, split_files(arguments))
     _require_outside(
         arguments.output, [*corpus.files, *([] if arguments.tokenizer == "bytes" else [arguments.tokenizer])]
     )
     what: Any = {
         "corpus": corpus,
         "tokenizer": load_tokenizer(arguments.tokenizer, eod=arguments.eod),
-        "rule": split_rule(arguments.split_fractions, arguments.seed),
+        "rule": chosen_rule(arguments),
         "add_bos": not arguments.no_bos,
         "min_bytes": arguments.min_bytes,
         "max_bytes": arguments.max_bytes,

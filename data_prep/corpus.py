@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from data_prep.finding import find, is_dataset
+from data_prep.finding import Found, find, is_dataset
 from data_prep.readers import byte_ranges, read_fasta, read_jsonl, read_txt
 from data_prep.records import MAX_RECORD_BYTES, NORMALIZATIONS, Document, Invalid, Reading, Record, Unit, finished
 from data_prep.streams import (
@@ -61,6 +61,13 @@ KNOWN: Final = {
 NAMES: Final = " ".join(FORMATS) + ", all but .parquet and .arrow also .gz .zst"
 
 
+def inputs_in(given: Sequence[str | Path]) -> Found:
+    """The files, URLs and datasets that these name. Raises CorpusError where there is none."""
+    if not given:
+        raise CorpusError("no input: name files, directories, patterns, URLs or datasets")
+    return find(given, lambda source: extension(source) in KNOWN, NAMES)
+
+
 class Corpus:
     """The documents of files, directories (in sorted order), fsspec URLs, and datasets on disk or by name.
 
@@ -94,14 +101,14 @@ class Corpus:
         self.on_error = on_error
         self.skipped = self.empty = 0
         self.left_out: list[str] = []
-        found = find(inputs, lambda source: extension(source) in KNOWN, NAMES)
+        found = inputs_in(inputs)
         self.files, self.ignored, self._sizes = found.files, found.ignored, found.sizes
 
     @classmethod
-    def from_arguments(cls, arguments: Namespace) -> Corpus:
-        """The corpus that the options of `add_arguments` describe; says which files it ignores."""
+    def from_arguments(cls, arguments: Namespace, more: Sequence[str] = ()) -> Corpus:
+        """The corpus that the options of `add_arguments` describe, and `more` inputs; says which files it ignores."""
         corpus = cls(
-            arguments.inputs,
+            [*arguments.inputs, *more],
             text_key=arguments.text_key,
             txt_documents=arguments.txt_documents,
             on_error=arguments.on_error,
@@ -116,7 +123,7 @@ class Corpus:
     def add_arguments(cls, parser: ArgumentParser) -> None:
         parser.add_argument(
             "inputs",
-            nargs="+",
+            nargs="*",
             metavar="INPUT",
             help=f"files ({NAMES}), directories of them, patterns like 'a/**/*.jsonl', fsspec URLs of all these "
             "(s3://, gs://, https://), datasets on disk, and hf://NAME[:CONFIG][@SPLIT][#REVISION], which streams a "
@@ -184,10 +191,6 @@ class Corpus:
         except (UnreadableError, OSError):  # records() says what is wrong
             return [whole]
 
-    def size(self, unit: Unit) -> int:
-        """Bytes of input; of a dataset by name 0 where it does not say."""
-        return unit.bytes
-
     def records(self, unit: Unit) -> Iterator[Record]:
         """All that a unit holds, documents without text included.
 
@@ -215,11 +218,16 @@ class Corpus:
         )
 
     def __iter__(self) -> Iterator[Document]:
+        return (document for _, document in self.by_input())
+
+    def by_input(self) -> Iterator[tuple[str, Document]]:
+        """What iterating gives, each document with the one of `files` that it is of."""
         self.skipped = self.empty = 0
         self.left_out = []
         for unit in self.units():
             if self._may_be_read(unit):
-                yield from self._documents(unit)
+                for document in self._documents(unit):
+                    yield unit.source, document
 
     def _may_be_read(self, unit: Unit) -> bool:
         """Under skip-files a unit is read once more, beforehand: nothing of a damaged one may have gone out."""
@@ -265,11 +273,42 @@ def add_split_arguments(parser: ArgumentParser) -> None:
         "--split-fractions",
         nargs=3,
         type=float,
-        default=(0.98, 0.01, 0.01),
         metavar=("TRAIN", "VALIDATION", "TEST"),
-        help="share of the documents in each split (default: 0.98 0.01 0.01)",
+        help="share of each split in the documents of INPUT (default: 0.98 0.01 0.01; all in train with --split-files)",
+    )
+    parser.add_argument(
+        "--split-files",
+        nargs="+",
+        type=_split_file,
+        default=[],
+        metavar="SPLIT=INPUT",
+        help="more inputs, which a corpus has set apart: all documents of each are of that split, as in "
+        "--split-files validation=data/raw/enwik8/validation.jsonl test=data/raw/enwik8/test.jsonl",
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed is another division into splits (default: 0)")
+
+
+def _split_file(text: str) -> tuple[str, str]:
+    split, _, given = text.partition("=")
+    if split not in SPLITS or not given:
+        raise ArgumentTypeError(f"{text!r}: expected SPLIT=INPUT, with one of {', '.join(SPLITS)} as SPLIT")
+    return split, given
+
+
+def split_files(arguments: Namespace) -> list[str]:
+    """The inputs that `--split-files` names."""
+    return [given for _, given in arguments.split_files]
+
+
+def chosen_rule(arguments: Namespace) -> SplitRule:
+    """What the options of `add_split_arguments` say."""
+    fractions = arguments.split_fractions or ((1, 0, 0) if arguments.split_files else (0.98, 0.01, 0.01))
+    rule = split_rule(fractions, arguments.seed)
+    if not arguments.split_files:
+        return rule
+    inputs = {file: split for split, given in arguments.split_files for file in inputs_in([given]).files}
+    how = f"{rule.how}; of inputs as in `inputs`" if arguments.inputs else "by input, as in `inputs`"
+    return SplitRule(rule.seed, rule.fractions if arguments.inputs else {}, how, inputs)
 
 
 def split_rule(fractions: Sequence[float], seed: int) -> SplitRule:
@@ -282,8 +321,13 @@ def split_rule(fractions: Sequence[float], seed: int) -> SplitRule:
     return SplitRule(seed, shares, "blake2b-64 of the UTF-8 text, keyed by the seed, against cumulated fractions")
 
 
-def split_of(text: str | bytes, rule: SplitRule) -> str:
-    """The split of a document, by its text or its UTF-8. Copies share it, so none is both trained on and tested on."""
+def split_of(text: str | bytes, source: str, rule: SplitRule) -> str:
+    """The split of a document, by its text or its UTF-8, and the input it is of.
+
+    Copies share it, so none is both trained on and tested on, unless inputs of given splits hold them.
+    """
+    if source in rule.inputs:
+        return rule.inputs[source]
     utf8 = text.encode() if isinstance(text, str) else text
     digest = hashlib.blake2b(utf8, digest_size=8, key=b"split %d" % rule.seed).digest()
     u, total = int.from_bytes(digest, "little") / 2**64, 0.0

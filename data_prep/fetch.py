@@ -24,7 +24,8 @@ there already is checked and left; what was interrupted goes on. In it: the docu
 LICENSE, and README.md with source, licence, hashes and splits.
 
     python -m data_prep.fetch enwik8
-    python -m data_prep.build_shards data/raw/enwik8/train.jsonl --tokenizer bytes --output data/enwik8
+    python -m data_prep.build_shards data/raw/enwik8/train.jsonl --tokenizer bytes --output data/enwik8 \\
+        --split-files validation=data/raw/enwik8/validation.jsonl test=data/raw/enwik8/test.jsonl
 
 Or copy a dataset made by build_shards from a URL (s3://, gs://, https://, what fsspec knows) to local disk, where
 training wants it, verified against its manifest:

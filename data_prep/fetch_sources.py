@@ -144,7 +144,9 @@ SOURCES: Final = {
         "a file, one after the other, are its bytes. A document is a <page> (12,347 of them; the header goes with the "
         "first); the two that lie across a border are cut there, their rest is the next split's first document, so "
         "there are 12,349. Results are given in bits per byte.",
-        build="python -m data_prep.build_shards {}/train.jsonl --tokenizer bytes --output data/enwik8",
+        build="python -m data_prep.build_shards {0}/train.jsonl "
+        "--split-files validation={0}/validation.jsonl test={0}/test.jsonl "
+        "--tokenizer bytes --output data/enwik8",
         files={
             "train.jsonl": "e9e18694e4f840850f792116e1600b9ecb32d3613f5bfec5fbc2cbc4070f8eed",
             "validation.jsonl": "8eaef3135dea697bee6f7dd64aa4f5336377d9fe2768cbefb0e738f538657adb",
@@ -168,7 +170,9 @@ SOURCES: Final = {
         licence_files=r"package/(LICENSE|NOTICE)",
         notes="A document is an address, with the fields year, president and party. Split by year: train to 1999, "
         "validation 2000 to 2009, test 2010 to 2021.",
-        build="python -m data_prep.build_shards {} --tokenizer bytes --output data/sotu-all",
+        build="python -m data_prep.build_shards {0}/train.jsonl "
+        "--split-files validation={0}/validation.jsonl test={0}/test.jsonl "
+        "--tokenizer bytes --output data/sotu",
         files={
             "train.jsonl": "d0e476bfa11973802cb98716b55d1a93b14a14b98b78795e679cfc9b057d0d23",
             "validation.jsonl": "5af77fc7d07fd1cb93930fc424aa9e16fd6aa8bb74eb1929275eec1e4c0bbfc0",
@@ -233,7 +237,9 @@ SOURCES: Final = {
         notes="A document is a FASTA record: a chromosome or a plasmid. Split by species, since strains of one are "
         "nearly alike: train has Escherichia coli, Klebsiella pneumoniae, Staphylococcus aureus and Vibrio cholerae, "
         "validation Helicobacter pylori, test phage lambda.",
-        build="python -m data_prep.build_shards {}/train.fa --tokenizer bytes --output data/dna",
+        build="python -m data_prep.build_shards {0}/train.fa "
+        "--split-files validation={0}/validation.fa test={0}/test.fa "
+        "--tokenizer bytes --output data/dna",
         files={
             "train.fa": "f71d92a0776804065a9d6ee89028bb2546795ff24f5d081ea52cef191cb6c53a",
             "validation.fa": "bc9bd632df0b20d688b8d1c21bb0fbb8d550b02f0e87e434a462624dd4c06bad",

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.duplicates import find_duplicates
-from data_prep.parts import Counts, rows_of
+from data_prep.parts import Checked, Counts, rows_of
 from data_prep.plan import PLAN, Plan, planned_tokenizer, work_of
 from data_prep.store import RemoteStore, Store
 from data_prep.streams import CorpusError, is_url
@@ -24,8 +23,6 @@ from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import Tokenizer
 from mamba_pretrain.data.writer import ShardWriter, token_dtype
 from mamba_pretrain.files import atomic_directory, require_replaceable
-
-COPY_BYTES: Final = 1 << 22  # held at a time
 
 
 class UselessError(CorpusError):
@@ -40,7 +37,7 @@ def require_room(output: str | Path, overwrite: bool) -> None:
         except ShardError as error:
             if overwrite or PLAN not in (work := work_of(output)).names():
                 raise
-            message = f"{error}. {work} holds parts of a build of it that did not come to its end: remove them, too"
+            message = f"{error}. {work} holds parts of a build of it: if that was killed at its very end, remove them"
             raise ShardError(message) from None
     elif MANIFEST in RemoteStore(str(output)).names() and not overwrite:
         raise ShardError(f"{output} exists; choose another output, or pass --overwrite to replace it")
@@ -65,14 +62,13 @@ def merge(
     with _target(output, overwrite, plan, parts) as target:
         with tempfile.TemporaryDirectory(dir=target.scratch) as temporary:
             duplicates, flags = find_duplicates(
-                (rows["hash"] for part, counts in parts.items() for rows in rows_of(store, part, counts.documents)),
+                (rows["hash"] for part, counts in parts.items() for rows in rows_of(store, part, counts)),
                 sum(counts.documents for counts in parts.values()),
                 Path(temporary),
             )
             with contextlib.ExitStack() as stack:
                 splits = [
-                    _Split(name, stack.enter_context(target.writer(name, tokenizer)))
-                    for name in plan.split_rule.fractions
+                    _Split(name, stack.enter_context(target.writer(name, tokenizer))) for name in plan.split_rule.splits
                 ]
                 lossy = _copy(store, plan, parts, splits, stack.enter_context(flags.open("rb")), progress)
                 _require_training_data(plan, parts, {split.name: split.writer.n_documents for split in splits})
@@ -123,9 +119,8 @@ def _copy(
     """Every document that is taken, in order, to its split. Returns how many of them are lossy."""
     lossy, itemsize = 0, splits[0].writer.dtype.itemsize
     for part, counts in parts.items():
-        with store.open(f"{part:06d}.tokens") as stream:
-            tokens = _Stream(stream, f"{store}/{part:06d}")
-            for rows in rows_of(store, part, counts.documents):
+        with contextlib.closing(Checked(store, part, "tokens", counts)) as tokens:
+            for rows in rows_of(store, part, counts):
                 repeats = np.frombuffer(flags.read(rows.size), np.uint8)
                 taken = repeats == 0 if plan.choices.drop_duplicates else np.ones(rows.size, np.bool_)
                 kind = 2 * rows["split"].astype(np.int64) + taken
@@ -136,7 +131,8 @@ def _copy(
                         splits[rows["split"][begin]].add(rows[begin:end], tokens.blocks(size))
                         lossy += int(rows["lossy"][begin:end].sum(dtype=np.int64))
                     else:
-                        stream.seek(size, os.SEEK_CUR)
+                        for _ in tokens.blocks(size):  # for its hash
+                            pass
                     progress(size)
             tokens.require_end()
     return lossy
@@ -153,29 +149,6 @@ class _Split:
         self.writer.extend(rows["tokens"], blocks)
         self.text_bytes += int(rows["text_bytes"].sum())
         self.words += int(rows["words"].sum())
-
-
-@dataclass
-class _Stream:
-    stream: BinaryIO
-    name: str
-
-    def blocks(self, size: int) -> Iterator[bytes]:
-        while size:
-            block = self.stream.read(min(size, COPY_BYTES))
-            if not block:
-                raise self._damaged("ends early")
-            size -= len(block)
-            yield block
-
-    def require_end(self) -> None:
-        if self.stream.read(1):
-            raise self._damaged("goes on after its last document")
-
-    def _damaged(self, how: str) -> ShardError:
-        return ShardError(
-            f"{self.name}.tokens {how}: it changed since it was made. Remove {self.name}.json and start the build again"
-        )
 
 
 @dataclass
@@ -222,7 +195,7 @@ def _require_training_data(plan: Plan, parts: dict[int, Counts], documents: dict
             )
         )
         raise UselessError(
-            f"no documents in {len(plan.inputs)} files: {n_empty} records are empty, {n_skipped} invalid, "
+            f"no documents in the input ({len(plan.inputs)} files): {n_empty} records are empty, {n_skipped} invalid, "
             f"{n_short} shorter and {n_long} longer than the bounds; {n_left_out} files could not be read"
         )
     if documents.get("train") == 0:

@@ -18,7 +18,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from typing import BinaryIO, Final
 
 import numpy as np
@@ -26,13 +26,13 @@ import numpy as np
 from data_prep.corpus import Corpus, split_of
 from data_prep.plan import Plan, name_of
 from data_prep.records import Document
-from data_prep.store import DRAFT, Store
+from data_prep.store import Store
 from data_prep.streams import CorpusError, UnreadableError
 from mamba_pretrain.data.manifest import from_json
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import Tokenizer, TokenizerError
 from mamba_pretrain.data.writer import MAX_TOKENS, token_dtype
-from mamba_pretrain.files import DISK_FULL
+from mamba_pretrain.files import DISK_FULL, sha256_of
 
 ROW: Final = np.dtype(
     [
@@ -47,7 +47,7 @@ ROW: Final = np.dtype(
 PACK: Final = struct.Struct("<16sqqiBB").pack
 BATCH_CHARACTERS: Final = 1 << 18  # given to the tokenizer at a time
 BATCH_DOCUMENTS: Final = 1024
-BUFFER_BYTES: Final = 1 << 22  # of tokens, before they are written
+BUFFER_BYTES: Final = 1 << 22  # of tokens, before they are written or after they were read
 REPORT_S: Final = 1.0
 
 
@@ -63,6 +63,7 @@ class Counts:
     too_short: int = 0
     too_long: int = 0
     left_out: list[str] = field(default_factory=list)
+    sha256: dict[str, str] = field(default_factory=dict)  # of the part's other files
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,14 @@ class PartWriter:
         self.counts = Counts()
         self._files = rows, tokens
         self._tokenizer, self._plan = tokenizer, plan
-        self._splits = tuple(plan.split_rule.fractions)
+        self._splits = tuple(plan.split_rule.splits)
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._code = "H" if self._dtype.itemsize == 2 else "i"
         self._bos = np.array([tokenizer.bos_id] * plan.adds_bos, self._dtype).tobytes()
         self._eod = np.array([tokenizer.eod_id], self._dtype).tobytes()
         self._batch: list[tuple[Document, bytes]] = []
         self._characters = 0
+        self._source = ""
         self._buffers = [(bytearray(), bytearray()) for _ in self._splits]  # rows, tokens
 
     def add(self, document: Document) -> None:
@@ -119,6 +121,11 @@ class PartWriter:
         if self._batch:
             self._encode()
         self._write()
+
+    def begin(self, source: str) -> None:
+        """What is added next is of this input."""
+        self.flush()
+        self._source = source
 
     def mark(self) -> tuple[Counts, int, int]:
         """A point to which `rewind` goes back; right after `flush` only."""
@@ -149,7 +156,7 @@ class PartWriter:
                     f"{MAX_TOKENS:,} in one: cut it, or leave it out with --max-bytes"
                 )
             if len(self._splits) > 1:
-                split = self._splits.index(split_of(utf8, rule))
+                split = self._splits.index(split_of(utf8, self._source, rule))
             rows, tokens = self._buffers[split]
             try:
                 tokens += self._bos
@@ -220,6 +227,7 @@ def write_part(
                 else:
                     _read_unit(unit, writer, report, corpus, plan)
         for kind, draft in drafts.items():
+            writer.counts.sha256[kind] = sha256_of(draft)
             store.add(draft, f"{task.part:06d}.{kind}")
         store.write(f"{task.part:06d}.json", json.dumps(dataclasses.asdict(writer.counts)).encode())
         return writer.counts
@@ -235,7 +243,9 @@ def write_part(
 
 
 def _read_unit(unit: int, writer: PartWriter, report: Callable[[Progress], None], corpus: Corpus, plan: Plan) -> None:
-    planned, mark, due = plan.units[unit], writer.mark(), time.monotonic() + REPORT_S
+    planned, due = plan.units[unit], time.monotonic() + REPORT_S
+    writer.begin(planned.source)
+    mark = writer.mark()
     try:
         for record in corpus.records(planned):
             if isinstance(record, Document):
@@ -284,23 +294,51 @@ def finished(store: Store, plan: Plan) -> dict[int, Counts]:
 
 def sweep(store: Store, parts: range) -> None:
     """Removes what killed workers were writing of `parts`. For who holds their lock."""
-    for name in store.names():
-        number, _, _ = name.partition(".")
-        if DRAFT in name and number.isdecimal() and int(number) in parts:
-            with contextlib.suppress(FileNotFoundError):
-                store.remove(name)
+    for draft in store.drafts():
+        number, _, _ = draft.name.partition(".")
+        if number.isdecimal() and int(number) in parts:
+            draft.unlink(missing_ok=True)
 
 
-def rows_of(store: Store, part: int, documents: int) -> Iterator[np.ndarray]:
-    """The part's ROWs, some at a time. Raises ShardError if there are not as many as it counted."""
-    name, n = f"{part:06d}.documents", 0
-    with store.open(name) as stream:
-        while block := stream.read(ROW.itemsize << 15):
-            rows = np.frombuffer(block, ROW)
-            n += rows.size
-            yield rows
-    if n != documents:
-        raise ShardError(
-            f"{store}/{name} has {n:,} documents, {documents:,} were counted: it changed since it was made. Remove "
-            f"{part:06d}.json and start the build again"
+def rows_of(store: Store, part: int, counts: Counts) -> Iterator[np.ndarray]:
+    """The part's ROWs, some at a time. Raises ShardError if they are not those that were written."""
+    with contextlib.closing(Checked(store, part, "documents", counts)) as stream:
+        for block in stream.blocks(ROW.itemsize * counts.documents, ROW.itemsize << 15):
+            yield np.frombuffer(block, ROW)
+        stream.require_end()
+
+
+class Checked:
+    """One of a part's files, read from its beginning to its end and held against its sha256."""
+
+    def __init__(self, store: Store, part: int, kind: str, counts: Counts) -> None:
+        self._name = f"{part:06d}.{kind}"
+        self._path = f"{store}/{self._name}"
+        self._expected, self._digest = counts.sha256[kind], sha256()
+        self._stream = store.open(self._name)
+
+    def blocks(self, size: int, at_once: int = BUFFER_BYTES) -> Iterator[bytes]:
+        """The next `size` bytes. Raises ShardError if there are fewer."""
+        while size:
+            block = self._stream.read(wanted := min(size, at_once))
+            if len(block) < wanted:
+                raise self._damaged("ends early")
+            self._digest.update(block)
+            size -= len(block)
+            yield block
+
+    def require_end(self) -> None:
+        """Raises ShardError where there is more, or what was read is not what was written."""
+        if self._stream.read(1):
+            raise self._damaged("goes on after its last document")
+        if self._digest.hexdigest() != self._expected:
+            raise self._damaged("has another sha256")
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _damaged(self, how: str) -> ShardError:
+        json_name = f"{self._name.partition('.')[0]}.json"
+        return ShardError(
+            f"{self._path} {how}: it changed since it was made. Remove {json_name} beside it and start the build again"
         )

@@ -56,7 +56,7 @@ class Plan:
     parts: list[int]  # the first unit of each
     versions: dict[str, str]
     choices: Choices
-    version: int = 1
+    version: int = 2
 
     @classmethod
     def make(
@@ -98,7 +98,7 @@ class Plan:
             ),
             unit_bytes=unit_bytes,
             units=units,
-            parts=_parts([corpus.size(unit) for unit in units], unit_bytes),
+            parts=_parts([unit.bytes for unit in units], unit_bytes),
             versions={
                 "mamba_pretrain": mamba_pretrain.__version__,
                 "python": platform.python_version(),

@@ -56,7 +56,7 @@ def finished(record: Record, reading: Reading) -> Record:
     """The record as it is tokenized: normalized, and invalid if its text cannot be stored."""
     if isinstance(record, Invalid):
         return record
-    if len(record.text) > reading.max_record_bytes:
+    if _exceeds(record.text, reading.max_record_bytes):
         return too_long(record.source, record.line, reading)
     if record.text.isascii():
         return record
@@ -67,6 +67,11 @@ def finished(record: Record, reading: Reading) -> Record:
     if reading.normalization == "none":
         return record
     return replace(record, text=unicodedata.normalize(reading.normalization, record.text))  # type: ignore[arg-type]
+
+
+def _exceeds(text: str, limit: int) -> bool:
+    """Whether it has more bytes of UTF-8, of which a character has at most four."""
+    return len(text) > limit or (4 * len(text) > limit and len(text.encode(errors="replace")) > limit)
 
 
 def too_long(source: str, line: int, reading: Reading) -> Invalid:

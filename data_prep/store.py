@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import socket
@@ -42,6 +43,9 @@ class Store(Protocol):
 
     def draft(self, name: str) -> Path:
         """A local path at which to write the file that `add` puts in place."""
+
+    def drafts(self) -> list[Path]:
+        """Those that were never added; of a remote store, this machine's, whose processes are gone."""
 
     def add(self, draft: Path, name: str) -> None: ...
 
@@ -78,6 +82,9 @@ class LocalStore(Store):
 
     def draft(self, name: str) -> Path:
         return self._root / f"{name}{DRAFT}{socket.gethostname()}-{os.getpid()}"
+
+    def drafts(self) -> list[Path]:
+        return [self._root / name for name in self.names() if DRAFT in name]
 
     def add(self, draft: Path, name: str) -> None:
         sync(draft)
@@ -187,7 +194,16 @@ class RemoteStore(Store):
             return stream
 
     def draft(self, name: str) -> Path:
-        return Path(tempfile.gettempdir()) / f"{name}{DRAFT}{os.getpid()}"
+        return Path(tempfile.gettempdir()) / f"{name}{self._mark}{os.getpid()}"
+
+    def drafts(self) -> list[Path]:
+        # Only those whose process is gone: others may work with the same store, which has no locks.
+        found = Path(tempfile.gettempdir()).glob(f"*{self._mark}*")
+        return [path for path in found if not Path(f"/proc/{path.name.rpartition('-')[2]}").exists()]
+
+    @property
+    def _mark(self) -> str:
+        return f"{DRAFT}{hashlib.sha256(self._url.encode()).hexdigest()[:16]}-"
 
     def add(self, draft: Path, name: str) -> None:
         with self._errors():

@@ -6,6 +6,7 @@ reads them, from the environment or fsspec's own configuration (for S3 AWS_ENDPO
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import os
@@ -164,7 +165,8 @@ def lines(source: str, limit: int, start: int = 0, stop: int | None = None) -> I
 
     From byte `start` on: number 0 is then the rest, from byte `start` - 1 on, of the line that began before, and 1 the
     first that begins at `start` or after it. Lines that begin at `stop` follow too, unless number 0 gets as far: it is
-    not read any further. Memory is bounded by twice `limit`: a longer line is a TooLong.
+    not read any further. A byte order mark is no part of the first line. Memory is bounded by twice `limit`: a longer
+    line is a TooLong.
     """
     number, begin = (0, start - 1) if start else (1, 0)
     try:
@@ -176,6 +178,8 @@ def lines(source: str, limit: int, start: int = 0, stop: int | None = None) -> I
                 if stop is not None and begin >= stop:
                     return
             line, n_bytes = _read_line(stream, limit)
+            if not start and not isinstance(line, TooLong):
+                line = line.removeprefix(codecs.BOM_UTF8)
             while n_bytes:
                 yield number, begin, line
                 number, begin = number + 1, begin + n_bytes
@@ -210,7 +214,7 @@ def content(source: str, limit: int) -> bytes:
                     pieces.append(piece)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UnreadableError(f"{source} is damaged after {size:,} bytes ({error}); get the file again") from error
-    return pieces[0] if size > limit else b"".join(pieces)
+    return pieces[0] if size > limit else b"".join(pieces).removeprefix(codecs.BOM_UTF8)
 
 
 def line_feeds(source: str, stop: int) -> int:

@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from data_prep.command import new_parser, run
-from data_prep.corpus import Corpus, add_split_arguments, split_of, split_rule
+from data_prep.corpus import Corpus, add_split_arguments, chosen_rule, split_files, split_of
 from data_prep.records import Document
 from data_prep.streams import CorpusError
 from mamba_pretrain.data.tokenizer import TokenizerError, load_tokenizer
@@ -198,13 +198,13 @@ def _check(arguments: Namespace) -> list[Path]:
 class _Reading:
     """Documents on their way through, counted; `at_most` bytes of their text, if given, and no more."""
 
-    def __init__(self, documents: Iterable[Document], at_most: int | None) -> None:
+    def __init__(self, documents: Iterable[tuple[str, Document]], at_most: int | None) -> None:
         self._documents, self._at_most = documents, at_most
         self.n_bytes, self.ended_early = 0, False
 
-    def __iter__(self) -> Iterator[Document]:
+    def __iter__(self) -> Iterator[tuple[str, Document]]:
         with tqdm(unit="B", unit_scale=True, disable=None, desc="sampling") as bar:
-            for n, document in enumerate(self._documents, start=1):
+            for n, (source, document) in enumerate(self._documents, start=1):
                 if self._at_most is not None and self.n_bytes >= self._at_most:
                     self.ended_early = True
                     return
@@ -213,15 +213,15 @@ class _Reading:
                 bar.update(size)
                 if n % 1000 == 0:
                     bar.set_postfix_str(f"{n:,} documents", refresh=False)
-                yield document
+                yield source, document
 
 
 def body(arguments: Namespace) -> int:
     output, *vocab = _check(arguments)
-    corpus = Corpus.from_arguments(arguments)
-    rule = split_rule(arguments.split_fractions, arguments.seed)
-    reading = _Reading(corpus, arguments.read_bytes)
-    chosen = (d for d in reading if arguments.split == "all" or split_of(d.text, rule) == arguments.split)
+    corpus = Corpus.from_arguments(arguments, split_files(arguments))
+    rule = chosen_rule(arguments)
+    reading = _Reading(corpus.by_input(), arguments.read_bytes)
+    chosen = (d for source, d in reading if arguments.split in ("all", split_of(d.text, source, rule)))
     parts = passages(chosen) if output.suffix == ".json" else sentences(chosen)
     texts = sample(parts, arguments.sample_bytes, arguments.seed)
     if not texts:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from mamba_pretrain import compiled
+from mamba_pretrain.data import packing
 from mamba_pretrain.distributed.env import bf16_is_native
 from mamba_pretrain.ops import dispatch
 from mamba_pretrain.ops.backends import native_build
@@ -151,20 +153,21 @@ def _cpu() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instructions": _or_reason(native_build.isa),
         "bf16 products": "native" if bf16_is_native(torch.device("cpu")) else "emulated",
-        "compiler": _or_reason(lambda: _first_line([*native_build.compiler(), "--version"])),
-        "native kernels": _or_reason(_library),
+        "compiler": _or_reason(lambda: _first_line([*compiled.compiler(), "--version"])),
+        "native kernels": _or_reason(lambda: _library(native_build.library(native_build.isa()))),
+        "row reader": _or_reason(lambda: _library(packing.LIBRARY)),
     }
 
 
-def _library() -> str:
-    path = native_build.library_path(native_build.isa())
+def _library(library: compiled.Library) -> str:
+    path = library.path()
     return f"{path}{'' if path.exists() else ' (not built)'}"
 
 
 def _or_reason(fact: Callable[[], str]) -> str:
     try:
         return fact()
-    except (native_build.BuildError, OSError) as error:
+    except (compiled.BuildError, OSError) as error:
         return str(error)
 
 

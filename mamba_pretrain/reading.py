@@ -176,6 +176,11 @@ class Reading:
         ]
         if problems:
             raise ConfigError(problems)
+        for s, plan in enumerate(plans):
+            if plan.first_sample >= end > 0:
+                log.warning(
+                    "data.stages[%d] begins at sample %d, the run ends before it, at %d", s, plan.first_sample, end
+                )
         return end
 
 
@@ -186,7 +191,14 @@ def open_reading(config: Config) -> Reading:
     if not given:
         raise ConfigError(["data.path is not set: name a directory made by python -m data_prep.build_shards"])
     wanted = None if data.tokenizer is None else load_tokenizer(data.tokenizer).sha256
-    sources = [_open_source(config, source, wanted, alone=len(given) == 1) for source in given]
+    sources, missing = list[Source](), list[str]()
+    for each in given:
+        try:
+            sources.append(_open_source(config, each, wanted, alone=len(given) == 1))
+        except ShardError as error:
+            missing.append(str(error))
+    if missing:
+        raise ShardError("\n".join(missing))
     first, *others = sources
     problems = [
         f"{source.path} was made with another tokenizer (sha256 {source.manifest.tokenizer.sha256[:12]}) than "
@@ -194,6 +206,14 @@ def open_reading(config: Config) -> Reading:
         for source in others
         if source.manifest.tokenizer.sha256 != first.manifest.tokenizer.sha256
     ]
+    by_print: dict[str, Source] = {}
+    for source in sources:
+        same = by_print.setdefault(source.manifest.fingerprint(data.train_split), source)
+        if same is not source:
+            problems.append(
+                f"data.sources: {same.name} and {source.name} are the same data, whose epochs would be counted apart: "
+                "name it once, with the sum of the weights"
+            )
     if problems:
         raise ConfigError(problems)
     if len({source.manifest.adds_bos for source in sources}) > 1:

@@ -65,6 +65,8 @@ def test_every_problem_is_reported_at_once_with_the_nearest_name() -> None:
         ("data.sources=[{weight: 1}]", "data.sources[0].path is not set"),
         ("data.sources=[a]", "data.sources[0] is 'a': expected {path, name, weight, max_epochs}"),
         ("data.sources=5", "data.sources is 5: expected a list of {path"),
+        ("data.sources={path: a}", "data.sources.path is 'a': data.sources is a list of {path, name, weight"),
+        ("data.sources[0].weight=2", "data.sources.0.weight is 2: data.sources is a list of"),
         ("data.sources=[{path: a, weight: -1}]", "data.sources[0].weight is -1"),
         ("data.sources=[{path: a, max_epochs: 0}]", "data.sources[0].max_epochs is 0"),
         ("data.sources=[{path: x/a}, {path: y/a}]", "2 of data.sources are called 'a'"),

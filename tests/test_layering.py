@@ -13,8 +13,9 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {  # a room may import itself and what is listed here; the longest matching name is a module's room
     "config": set(),
     "files": set(),
-    "data": {"files"},
-    "ops": set(),
+    "compiled": set(),
+    "data": {"files", "compiled"},
+    "ops": {"compiled"},
     "model": {"ops", "config"},
     "pieces": set(),
     "optim": {"model", "config"},
@@ -42,7 +43,7 @@ ROOMS = {  # a room may import itself and what is listed here; the longest match
     "adopt": {"build", "checkpoint", "config", "data", "distributed.engine", "export", "pieces", "reading"},
     "saver": {"build", "checkpoint", "pieces"},
     "train": {"build", "saver", "config", "data", "distributed", "evaluate", "metrics", "model", "optim"},
-    "doctor": {"ops", "distributed.env"},
+    "doctor": {"ops", "compiled", "data.packing", "distributed.env"},
     "commands": {
         "adopt",
         "train",

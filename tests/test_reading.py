@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -259,6 +260,39 @@ def test_a_source_of_another_tokenizer_is_refused(paths: dict[str, Path], tmp_pa
         open_reading(mixed_config({"web": paths["web"], "code": other}, tmp_path))
 
 
+def test_every_missing_dataset_is_named(paths: dict[str, Path], tmp_path: Path) -> None:
+    missing = {name: tmp_path / name for name in ("web", "code")}
+    with pytest.raises(ShardError) as caught:
+        open_reading(mixed_config(missing, tmp_path / "run"))
+    assert all(f"no dataset in {path}" in str(caught.value) for path in missing.values())
+
+
+def test_one_dataset_under_two_names_is_refused(paths: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(paths["web"], tmp_path / "code")
+    config = mixed_config({"web": paths["web"], "code": tmp_path / "code"}, tmp_path / "run")
+    with pytest.raises(ConfigError, match="code and web are the same data.*: name it once"):
+        open_reading(config)
+
+
+def test_a_stage_after_the_runs_end_is_said(
+    paths: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = mixed_config(paths, tmp_path / "run", "train.steps=8")
+    open_reading(config).check(config, 0, 0)
+    assert "data.stages[2] begins at sample 48, the run ends before it, at 48" in caplog.text
+    assert "data.stages[1]" not in caplog.text
+
+
+def test_rows_of_packs_need_not_divide_each_other(paths: dict[str, Path], tmp_path: Path) -> None:
+    for length in ("32", "24"):
+        assert pack_shards.main([str(paths["web"]), "--seq-len", length]) == 0
+    words = ["data.packing=best_fit", "train.batch_tokens=768", "train.micro_batch_size=3", "train.steps=3"]
+    stages = "data.stages=[{}, {from_tokens: 768, seq_len: 24}]"
+    run = build(load([], [*OPTIONS, *words, stages, f"data.path={paths['web']}", f"run_dir={tmp_path / 'run'}"]))
+    advance(run, 3)
+    assert run.state.tokens == 3 * 768
+
+
 def test_without_weights_sources_are_read_by_their_size(paths: dict[str, Path], tmp_path: Path) -> None:
     reading = open_reading(mixed_config(paths, tmp_path, stages="data.stages=[]", web="null", code="null"))
     sizes = [source.train.n_tokens for source in reading.sources]
@@ -275,5 +309,6 @@ def test_a_source_without_validation_is_said_and_left_out(
     assert [source.validation is None for source in reading.sources] == [True, False]
     assert "code: no window of 64 in a split 'validation': it is not validated on" in caplog.text
     with pytest.raises(ConfigError, match="no source has a window of 64 tokens in its split 'validation'"):
-        both = f"data.sources=[{{path: {bare}, name: web}}, {{path: {bare}}}]"
+        other = make_dataset(tmp_path / "web", fractions=(1.0, 0.0, 0.0), seed=5)
+        both = f"data.sources=[{{path: {other}}}, {{path: {bare}}}]"
         open_reading(mixed_config(paths, tmp_path, both, stages="data.stages=[{}, {from_tokens: 300, seq_len: 64}]"))

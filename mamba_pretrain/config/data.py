@@ -133,7 +133,7 @@ class DataConfig:
                 )
         longest = self.longest_seq_len
         for seq_len in dict.fromkeys(self.seq_lens):
-            if seq_len >= 1 and longest % seq_len:
+            if self.packing == "windows" and seq_len >= 1 and longest % seq_len:
                 yield f"data.stages: the row length {seq_len} does not divide the longest, {longest}"
 
 

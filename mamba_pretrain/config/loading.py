@@ -112,6 +112,12 @@ def from_dict(values: dict[Any, Any], *, problems: Sequence[str] = (), world: in
     elif variant is not None:
         leaves = {f"model.{name}": n for name, n in VARIANTS[str(variant)].items()} | leaves
     for key, value in leaves.items():
+        above = next((name for name in known if key.startswith(f"{name}.") and _element(known[name])), None)
+        if above is not None:
+            unread.add(above)
+            shape = f"{{{', '.join(get_type_hints(_element(known[above])))}}}"
+            problems.append(f"{key} is {value!r}: {above} is a list of {shape}, each beginning with `- ` in YAML")
+            continue
         if key not in known:
             inside = any(name.startswith(f"{key}.") for name in known)
             problems.append(

@@ -26,7 +26,6 @@ from mamba_pretrain.data.packing import Block, Rows, Windows
 from mamba_pretrain.data.shards import Shard, ShardError
 
 AHEAD: Final = 4096  # samples whose places are computed at once: one by one that would take longer than to read them
-AT_ONCE: Final = 1 << 17  # positions that are read at once, of as many micro-batches as that is
 
 
 class LoaderError(RuntimeError):
@@ -42,12 +41,14 @@ class MixedRows:
     def __init__(self, mixture: Mixture, rows: Sequence[Sequence[Rows | None]]) -> None:
         """`rows`: of each stage and source, None where the stage reads none of the source."""
         self.mixture, self.rows = mixture, rows
+        only = ([r for r in of_stage if r is not None] for of_stage in rows)
+        self.alone = [given[0] if len(given) == 1 else None for given in only]
 
     def read(self, stage: int, sources: NDArray[np.int64], rows: NDArray[np.int64]) -> Block:
         """These rows (B,) of their sources, all of one stage."""
-        first = int(sources[0])
-        if (sources == first).all():
-            return self._of(stage, first).read(rows)
+        alone = self.alone[stage]
+        if alone is not None:
+            return alone.read(rows)
         wide = (len(rows), self.mixture.stages[stage].seq_len)
         ids, labels, seq_idx = np.empty(wide, np.int64), np.empty(wide, np.int64), np.empty(wide, np.int32)
         padding = np.empty(len(rows), np.int64)
@@ -79,8 +80,8 @@ def batches(
     """Micro-batches without end: ascending samples c >= first_sample with c % world == rank.
 
     Each has B = micro_batch_size rows, in later stages as many as hold the same number of tokens; never of two stages.
-    Yields input_ids (B, L) int64, labels (B, L) int64, seq_idx (B, L) int32, and of each row (B,) int64 its sample, its
-    source and its positions of padding. `workers` processes read ahead, 0 reads in this one; the batches are the same.
+    Yields input_ids (B, L) int64, labels (B, L) int64, seq_idx (B, L) int32, and for each row (B,) int64 its padding
+    and its sample. `workers` processes read ahead, 0 reads in this one; the batches are the same.
     Raises ShardError for damaged data, LoaderError for a process that ended.
     """
     before = signal.getsignal(signal.SIGCHLD)
@@ -129,27 +130,22 @@ class _MicroBatches(IterableDataset[Batch | ShardError]):
             # Not for all the ranks' micro-batches, nor for those of the other loader processes.
             ahead = list(islice(mine, -(-AHEAD // max(self.sizes))))
             places = self.dataset.mixture.locate(np.concatenate(ahead))
-            begin = 0
-            while ahead:
-                stage = int(places.stages[begin])
-                positions = len(ahead[0]) * self.dataset.mixture.stages[stage].seq_len
-                together = ahead[: max(1, AT_ONCE // positions)]
-                group = [samples for samples in together if samples[-1] < self._end(stage)]
-                del ahead[: len(group)]
-                counters = np.concatenate(group)
-                sources = places.sources[begin : begin + len(counters)]
-                block = self._read(stage, sources, places.rows[begin : begin + len(counters)])
-                begin += len(counters)
+            stages = places.stages.tolist()
+            end = 0
+            for samples in ahead:
+                begin, end = end, end + len(samples)
+                block = self._read(stages[begin], places.sources[begin:end], places.rows[begin:end])
                 if isinstance(block, ShardError):
                     yield block
                     return
-                arrays = {**block._asdict(), "samples": counters, "sources": sources}
-                tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-                first = 0
-                for samples in group:
-                    last = first + len(samples)
-                    yield {name: tensor[first:last] for name, tensor in tensors.items()}
-                    first = last
+                ids, labels, seq_idx, padding = map(torch.from_numpy, block)
+                yield {
+                    "input_ids": ids,
+                    "labels": labels,
+                    "seq_idx": seq_idx,
+                    "padding": padding,
+                    "samples": torch.from_numpy(samples),
+                }
 
     def _read(self, stage: int, sources: NDArray[np.int64], rows: NDArray[np.int64]) -> Block | ShardError:
         try:

@@ -55,6 +55,11 @@ class SplitRule:
     seed: int
     fractions: dict[str, float]
     how: str
+    inputs: dict[str, str] = field(default_factory=dict)  # the split of each input that is all of one
+
+    @property
+    def splits(self) -> list[str]:
+        return [split for split in SPLITS if split in self.fractions or split in self.inputs.values()]
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,8 @@ class Selection:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json`, field for field. Version 1 had no `selection`, `origin` and `adds_eod`."""
+    """`manifest.json`, field for field. Version 1 had no `selection`, `origin` and `adds_eod`, version 2 no inputs in
+    its split rule."""
 
     tokenizer: TokenizerInfo
     dtype: str
@@ -90,7 +96,7 @@ class Manifest:
     origin: str = "build_shards"  # or the program whose tokens were adopted: megatron, datatrove
     adds_eod: bool = True  # whether every document ends with the eod; adopted ones may not
     format: str = "megatron-indexed-dataset"
-    version: int = 2
+    version: int = 3
 
     def fingerprint(self, split: str) -> str:
         """16 hex digits that identify what a run trains on: this split's tokens and documents, and their meaning."""
@@ -116,14 +122,17 @@ class Manifest:
         except ValueError as error:
             raise ShardError(f"{path} is not JSON ({error}); make the dataset again") from error
         found = {name: fields.get(name) for name in ("format", "version")} if isinstance(fields, dict) else fields
-        if found == {"format": cls.format, "version": 1}:
-            added = {"selection": dataclasses.asdict(Selection()), "origin": cls.origin, "adds_eod": True}
-            fields = {**fields, **added, "version": cls.version}
-        elif found != {"format": cls.format, "version": cls.version}:
+        versions = range(1, cls.version + 1)
+        if found not in [{"format": cls.format, "version": version} for version in versions]:
             raise ShardError(
-                f"{path} is {found}; this reader knows format {cls.format!r}, versions 1 and {cls.version}: a newer "
+                f"{path} is {found}; this reader knows format {cls.format!r}, versions 1 to {cls.version}: a newer "
                 "version of this program may have made it"
             )
+        if fields["version"] == 1:
+            fields |= {"selection": dataclasses.asdict(Selection()), "origin": cls.origin, "adds_eod": True}
+        if fields["version"] < 3 and isinstance(fields.get("split_rule"), dict):
+            fields["split_rule"].setdefault("inputs", {})
+        fields["version"] = cls.version
         manifest = from_json(cls, fields, str(path))
         assert isinstance(manifest, Manifest)
         return manifest

@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+import logging
+from abc import ABC, abstractmethod
+from ctypes import addressof, c_char, c_int64, c_uint64, c_void_p
+from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mamba_pretrain.compiled import BuildError, Library
 from mamba_pretrain.data.dataset import open_split
 from mamba_pretrain.data.packs import HOW, Pack
 from mamba_pretrain.data.shards import Shard, ShardError
 
 IGNORE: Final = -100  # the label that torch's cross entropy leaves out
 PACKINGS: Final = ("windows", *HOW)
-GROUP_TOKENS: Final = 1 << 15  # gathered at a time: 64 KiB of 2-byte tokens
+# Of the compiled functions, a c_void_p is an array: tokens and what they may be; documents or pieces; rows; Outputs.
+TOKENS: Final = [c_void_p, c_int64, c_uint64]
+ROWS: Final = [c_void_p, c_int64, c_int64, *[c_void_p] * 4]
+ARGUMENTS: Final = {
+    "windows": [*TOKENS, c_void_p, c_int64, *ROWS],
+    "packed": [*TOKENS, *[c_void_p] * 3, c_int64, c_int64, *ROWS],
+}
+WIDTHS: Final = (1, 2, 4, 8)  # bytes of a token
+LIBRARY: Final = Library(
+    "rows",
+    Path(__file__).parent / "csrc",
+    "rows.cpp",
+    tuple(f"rows_{kind}_{width}" for kind in ARGUMENTS for width in WIDTHS),
+    ("-std=c++17", "-O3", "-fPIC"),
+)
+
+Reader = dict[tuple[str, int], Any]  # by kind and width of a token
+
+log = logging.getLogger("mamba_pretrain")
 
 
 class Block(NamedTuple):
@@ -24,6 +48,26 @@ class Block(NamedTuple):
     labels: NDArray[np.int64]  # (B, L): the next token of the document, IGNORE where there is none
     seq_idx: NDArray[np.int32]  # (B, L): the documents of a row, counted from 0; the state starts anew where it changes
     padding: NDArray[np.int64]  # (B,): positions of each row that hold no token
+
+
+class Piece(NamedTuple):
+    start: int  # token of the split
+    tokens: int
+    goes_on: bool  # its document has more after it, so that its last label is the token there
+
+
+class Outputs(NamedTuple):
+    """Addresses of a block's arrays."""
+
+    input_ids: int
+    labels: int
+    seq_idx: int
+    padding: int
+
+    def row(self, b: int, seq_len: int) -> Outputs:
+        """Those of its row b."""
+        before = 8 * b * seq_len
+        return Outputs(self.input_ids + before, self.labels + before, self.seq_idx + before // 2, self.padding + 8 * b)
 
 
 class Rows(Protocol):
@@ -39,8 +83,8 @@ class Rows(Protocol):
     def read(self, rows: NDArray[np.int64]) -> Block:
         """The rows of these numbers (B,), each in range(n_rows).
 
-        One call for 2^17 tokens or so takes much less time than one for each row. Raises ShardError for a token outside
-        the vocabulary: on the GPU it would be an illegal memory access without a name.
+        Raises ShardError for a token outside the vocabulary: on the GPU it would be an illegal memory access without a
+        name.
         """
         ...
 
@@ -65,12 +109,65 @@ def n_windows(shard: Shard, seq_len: int) -> int:
     return max(shard.n_tokens - 1, 0) // seq_len
 
 
-class Windows:
+class _Pieces(ABC):
+    """Rows that are pieces of documents, one after the other, and padding: `_fill` says how, csrc/rows.cpp is fast."""
+
+    def __init__(self, shard: Shard, seq_len: int, n_rows: int, vocab_size: int) -> None:
+        self.shard, self.seq_len, self.n_rows, self.vocab_size = shard, seq_len, n_rows, vocab_size
+        # Of the stored numbers, read as unsigned ones: negative ids are the largest of those.
+        self._limit = min(vocab_size, int(np.iinfo(shard.dtype).max) + 1)
+        compiled_reader()  # built, or said to be missing, before a run begins, and before it forks loader processes
+
+    def read(self, rows: NDArray[np.int64]) -> Block:
+        # One allocation for both, which the C library keeps for the next block: new pages cost more than reading does.
+        rows, both = np.array(rows, np.int64), np.empty((2, len(rows), self.seq_len), np.int64)
+        block = Block(both[0], both[1], np.empty(both.shape[1:], np.int32), np.empty(len(rows), np.int64))
+        if (reader := compiled_reader()) is None:
+            for b, row in enumerate(rows.tolist()):
+                self._fill(block, b, row)
+            return block
+        ids = _address(both)
+        outputs = Outputs(ids, ids + both.nbytes // 2, _address(block.seq_idx), _address(block.padding))
+        if (refused := self._read_compiled(reader, rows, outputs)) >= 0:
+            self._fill(block, refused, int(rows[refused]))
+            raise AssertionError(f"row {rows[refused]} of {self.shard.path} was refused for no reason")
+        return block
+
+    @abstractmethod
+    def _pieces(self, row: int) -> list[Piece]:
+        """Raises ShardError for what cannot be a row."""
+
+    @abstractmethod
+    def _read_compiled(self, reader: Reader, rows: NDArray[np.int64], outputs: Outputs) -> int:
+        """The first of `rows` that cannot be read, else -1."""
+
+    def _fill(self, block: Block, b: int, row: int) -> None:
+        assert 0 <= row < self.n_rows
+        input_ids, labels, seq_idx = (part[b] for part in block[:3])
+        column = number = 0
+        for start, count, goes_on in self._pieces(row):
+            tokens, end = self.shard.tokens(start, start + count + goes_on), column + count
+            outside = (tokens < 0) | (tokens >= self.vocab_size)
+            if outside.any():
+                at = int(outside.argmax())
+                raise ShardError(
+                    f"{self.shard.path}.bin has token id {tokens[at]} at position {start + at:,}, the vocabulary has "
+                    f"{self.vocab_size:,}: the file is damaged (see python -m data_prep.verify_shards), or the model "
+                    "is for another tokenizer"
+                )
+            input_ids[column:end] = tokens[:count]
+            labels[column:end] = tokens[1:] if goes_on else [*tokens[1:], IGNORE]
+            seq_idx[column:end] = number
+            column, number = end, number + (not goes_on)
+        input_ids[column:], labels[column:], seq_idx[column:] = 0, IGNORE, number
+        block.padding[b] = self.seq_len - column
+
+
+class Windows(_Pieces):
     """Row i is tokens [i * L, (i + 1) * L) of the split, wherever documents begin and end."""
 
     def __init__(self, shard: Shard, seq_len: int, vocab_size: int) -> None:
-        self.shard, self.seq_len, self.vocab_size = shard, seq_len, vocab_size
-        self.n_rows = n_windows(shard, seq_len)
+        super().__init__(shard, seq_len, n_windows(shard, seq_len), vocab_size)
         self.unread_tokens = shard.n_tokens - self.n_rows * seq_len
         if self.n_rows == 0:
             raise ShardError(
@@ -78,21 +175,26 @@ class Windows:
                 "use more data, or a shorter sequence length"
             )
 
-    def read(self, rows: NDArray[np.int64]) -> Block:
-        length, shard = self.seq_len, self.shard
-        starts = [row * length for row in rows.tolist()]
-        assert min(starts) >= 0 and max(starts) < self.n_rows * length
-        pieces = [[(0, start, length + 1)] for start in starts]
-        input_ids, labels = _read_tokens(shard, self.vocab_size, pieces, length)
-        positions, counts = shard.document_starts_in(rows * length + 1, length)
-        # In the flat (B * L,) block; a document that begins just behind a row cuts where the next row begins anyway.
-        cuts = positions + (np.arange(0, labels.size, length) - starts).repeat(counts)
-        seq_idx = _numbered(shard, cuts, counts, length)
-        labels.reshape(-1)[cuts - 1] = IGNORE
-        return Block(input_ids, labels, seq_idx, np.zeros(len(starts), np.int64))
+    def _pieces(self, row: int) -> list[Piece]:
+        first, end = row * self.seq_len, (row + 1) * self.seq_len
+        edges = [first, *self.shard.document_starts(first + 1, end + 1).tolist()]
+        pieces = [Piece(start, stop - start, False) for start, stop in pairwise(edges)]
+        return pieces if edges[-1] == end else [*pieces, Piece(edges[-1], end - edges[-1], True)]
+
+    def _read_compiled(self, reader: Reader, rows: NDArray[np.int64], outputs: Outputs) -> int:
+        shard, length, numbers = self.shard, self.seq_len, _address(rows)
+        read = partial(reader["windows", shard.dtype.itemsize], shard.stored_address, shard.n_tokens, self._limit)
+        if (starts := shard.resident_starts) is not None:
+            refused: int = read(shard.starts_address, len(starts), numbers, len(rows), length, *outputs)
+            return refused
+        for b, row in enumerate(rows.tolist()):
+            starts = shard.document_starts(row * length + 1, (row + 1) * length + 1)
+            if read(starts.ctypes.data, len(starts), numbers + 8 * b, 1, length, *outputs.row(b, length)) >= 0:
+                return b
+        return -1
 
 
-class Packed:
+class Packed(_Pieces):
     """Rows as a pack says: whole documents, and pieces of those that are longer than a row, padded at the end.
 
     The label of a piece's last token is the token after it where the document goes on. Padding has id 0, no label, and
@@ -100,97 +202,50 @@ class Packed:
     """
 
     def __init__(self, shard: Shard, pack: Pack, vocab_size: int) -> None:
-        self.shard, self.pack, self.vocab_size = shard, pack, vocab_size
-        self.seq_len, self.n_rows, self.unread_tokens = pack.seq_len, pack.n_rows, pack.unread_tokens
+        super().__init__(shard, pack.seq_len, pack.n_rows, vocab_size)
+        self.pack, self.unread_tokens = pack, pack.unread_tokens
         if self.n_rows == 0:
             raise ShardError(f"{shard.path} has no document of two tokens or more: there is nothing to predict")
 
-    def read(self, rows: NDArray[np.int64]) -> Block:
-        length, n_tokens = self.seq_len, self.shard.n_tokens
-        assert rows.min() >= 0 and rows.max() < self.n_rows
-        pieces: list[list[tuple[int, int, int]]] = []
-        cuts: list[int] = []  # where documents end, in the flat (B * L,) block
-        counts, filled = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
-        for i, row in enumerate(self.pack.pieces(rows)):
-            pieces.append([])
-            column = 0
-            for start, signed in row:
-                count, goes_on = abs(signed), signed < 0
-                if not 0 <= start < start + count + goes_on <= n_tokens or column + count > length:
-                    raise ShardError(
-                        f"{self.pack.path}: row {rows[i]:,} has {count:,} tokens from {start:,} on at column "
-                        f"{column:,} of {length:,}, of a split of {n_tokens:,}: it is damaged; make it again by "
-                        "data_prep.pack_shards"
-                    )
-                pieces[-1].append((column, start, count + goes_on))
-                column += count
-                if not goes_on:
-                    cuts.append(i * length + column)
-                    counts[i] += 1
-            filled[i] = column
-        input_ids, labels = _read_tokens(self.shard, self.vocab_size, pieces, length)
-        ends = np.array(cuts, np.int64)
-        labels.reshape(-1)[ends - 1] = IGNORE
-        padding = length - filled
-        for i in np.flatnonzero(padding).tolist():
-            labels[i, filled[i] :] = IGNORE
-        return Block(input_ids, labels, _numbered(self.shard, ends, counts, length), padding)
+    def _pieces(self, row: int) -> list[Piece]:
+        pieces, column = [], 0
+        for start, signed in self.pack.pieces(row):
+            piece = Piece(start, abs(signed), signed < 0)
+            if not 0 <= start < start + piece.tokens + piece.goes_on <= self.shard.n_tokens or (
+                column + piece.tokens > self.seq_len
+            ):
+                raise ShardError(
+                    f"{self.pack.path}: row {row:,} has {piece.tokens:,} tokens from {start:,} on at column {column:,} "
+                    f"of {self.seq_len:,}, of a split of {self.shard.n_tokens:,}: it is damaged; make it again by "
+                    "data_prep.pack_shards"
+                )
+            pieces.append(piece)
+            column += piece.tokens
+        return pieces
+
+    def _read_compiled(self, reader: Reader, rows: NDArray[np.int64], outputs: Outputs) -> int:
+        shard, wanted = self.shard, (_address(rows), len(rows), self.seq_len)
+        read = partial(reader["packed", shard.dtype.itemsize], shard.stored_address, shard.n_tokens, self._limit)
+        refused: int = read(*self.pack.layout, *wanted, *outputs)
+        return refused
 
 
-def _read_tokens(
-    shard: Shard, vocab_size: int, rows: list[list[tuple[int, int, int]]], seq_len: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """input_ids and labels (B, L) of rows that are given as pieces: (column, first token, number of tokens).
-
-    A row has L + 1 columns, those without a token are 0. Raises ShardError for a token outside the vocabulary.
-    """
-    # One allocation, which the C library keeps for the next block: new pages would cost more than reading does.
-    input_ids, labels = np.empty((2, len(rows), seq_len), np.int64)
-    stored, group = shard.stored, max(GROUP_TOKENS // seq_len, 1)
-    unsigned = np.dtype(f"<u{shard.dtype.itemsize}")  # of which negative ids are the largest
-    limit = min(vocab_size, int(np.iinfo(shard.dtype).max) + 1)
-    may_exceed = shard.dtype != unsigned or vocab_size < 1 << 8 * unsigned.itemsize
-    for first in range(0, len(rows), group):  # a few rows at a time are widened to 64 bits while they are in the cache
-        chosen = rows[first : first + group]
-        if group == 1 and len(chosen[0]) == 1 and chosen[0][0][2] == seq_len + 1:
-            start = chosen[0][0][1]
-            tokens = stored[start : start + seq_len + 1].reshape(1, -1)
-        else:
-            tokens = np.zeros((len(chosen), seq_len + 1), shard.dtype)
-            for out, pieces in zip(tokens, chosen, strict=True):
-                for column, start, count in pieces:
-                    out[column : column + count] = stored[start : start + count]
-        if may_exceed and tokens.view(unsigned).max() >= limit:
-            i, at = np.argwhere(tokens.view(unsigned) >= limit)[0].tolist()
-            column, start, _ = next(piece for piece in reversed(rows[first + i]) if piece[0] <= at)
-            raise ShardError(
-                f"{shard.path}.bin has token id {tokens[i, at]} at position {start + at - column:,}, the vocabulary "
-                f"has {vocab_size:,}: the file is damaged (see python -m data_prep.verify_shards), or the model is for "
-                "another tokenizer"
-            )
-        input_ids[first : first + group] = tokens[:, :-1]
-        labels[first : first + group] = tokens[:, 1:]
-    return input_ids, labels
+def _address(array: NDArray[Any]) -> int:
+    """Of the first number; array.ctypes.data takes four times as long. For fresh arrays, which can be written."""
+    return addressof(c_char.from_buffer(array))  # type: ignore[arg-type]
 
 
-def _numbered(shard: Shard, cuts: NDArray[np.int64], counts: NDArray[np.int64], seq_len: int) -> NDArray[np.int32]:
-    """seq_idx (B, L): how many of a row's cuts, counts (B,) of them, lie at or before each position.
-
-    `cuts` are positions in the flat (B * L,) block, ascending.
-    """
-    segments = counts + 1  # of each row
-    row = np.arange(len(counts))
-    firsts = segments.cumsum() - segments
-    edges = np.empty(cuts.size + row.size + 1, np.int64)
-    edges[np.arange(1, cuts.size + 1) + row.repeat(counts)] = cuts
-    edges[firsts] = row * seq_len
-    edges[-1] = row.size * seq_len
-    numbers = np.arange(edges.size - 1, dtype=np.int32)
-    numbers -= firsts.astype(np.int32).repeat(segments)
+@cache
+def compiled_reader() -> Reader | None:
+    """The functions of csrc/rows.cpp, built if need be; None, which is said once, where they cannot be."""
     try:
-        return numbers.repeat(edges[1:] - edges[:-1]).reshape(-1, seq_len)
-    except ValueError as error:  # a negative count
-        raise ShardError(
-            f"{shard.path}.idx: documents are not one after the other; the index is damaged, see python -m "
-            "data_prep.verify_shards"
-        ) from error
+        library = LIBRARY.load()
+    except BuildError as error:
+        log.warning("rows are read by numpy, which takes several times as long: %s; %s", error, error.mend)
+        return None
+    functions: Reader = {}
+    for kind, arguments in ARGUMENTS.items():
+        for width in WIDTHS:
+            functions[kind, width] = function = getattr(library, f"rows_{kind}_{width}")
+            function.argtypes, function.restype = arguments, c_int64
+    return functions

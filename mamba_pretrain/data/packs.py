@@ -129,12 +129,21 @@ class Pack:
     def rows(self) -> NDArray[np.int64]:
         return self._map("<i8", HEADER.size + 12 * self.n_pieces, self.n_rows + 1)
 
-    def pieces(self, rows: NDArray[np.int64]) -> list[list[tuple[int, int]]]:
-        """(first token, signed length) of each piece of each of `rows`."""
-        found = []
-        for first, stop in zip(self.rows[rows].tolist(), self.rows[rows + 1].tolist(), strict=True):
-            found.append(list(zip(self.starts[first:stop].tolist(), self.lengths[first:stop].tolist(), strict=True)))
-        return found
+    @cached_property
+    def layout(self) -> tuple[int, int, int, int, int]:
+        """For csrc/rows.cpp: addresses of starts, lengths and rows, numbers of pieces and rows."""
+        addresses = (part.ctypes.data for part in (self.starts, self.lengths, self.rows))
+        return *addresses, self.n_pieces, self.n_rows
+
+    def pieces(self, row: int) -> list[tuple[int, int]]:
+        """(first token, signed length) of each piece of a row."""
+        first, stop = self.rows[row : row + 2].tolist()
+        if not 0 <= first <= stop <= self.n_pieces:
+            raise ShardError(
+                f"{self.path}: row {row:,} is pieces {first:,} to {stop:,} of {self.n_pieces:,}: it is damaged; make "
+                "it again by data_prep.pack_shards"
+            )
+        return list(zip(self.starts[first:stop].tolist(), self.lengths[first:stop].tolist(), strict=True))
 
     def problems(self) -> Iterator[str]:
         """Whether the contents have the hash in the header. Reads everything, in bounded memory."""

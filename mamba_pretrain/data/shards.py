@@ -23,6 +23,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from functools import cached_property
 from io import FileIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -132,6 +133,10 @@ class Shard:
         return self._map(self._bin, self.dtype, 0, self.n_tokens)
 
     @cached_property
+    def stored_address(self) -> int:
+        return self.stored.ctypes.data
+
+    @cached_property
     def _lengths(self) -> NDArray[np.int32]:
         return self._map(self._idx, "<i4", HEADER.size, self.n_sequences)
 
@@ -174,26 +179,34 @@ class Shard:
         return bisect_right(range(self.n_documents), position, key=self._document_start) - 1
 
     def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Positions in [start, stop) at which a document begins, ascending, each once."""
-        assert 0 <= start <= stop <= self.n_tokens
-        return self.document_starts_in(np.array([start]), stop - start)[0]
+        """Positions in [start, stop) at which a document begins, ascending, each once.
 
-    def document_starts_in(self, starts: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """document_starts(start, start + length) of each of `starts` (n,): all in one array, and how many (n,)."""
-        if self.n_documents > RESIDENT:
-            found = [self._search(start, start + length) for start in starts.tolist()]
-            counts = np.array([len(positions) for positions in found], np.int64)
-            return np.array([position for positions in found for position in positions], np.int64), counts
-        low, high = self._starts.searchsorted(starts), self._starts.searchsorted(starts + length)
-        counts = high - low
-        before = counts.cumsum() - counts
-        return self._starts[np.arange(counts.sum()) + (low - before).repeat(counts)], counts
+        Raises ShardError where they cannot be right.
+        """
+        assert 0 <= start <= stop <= self.n_tokens
+        if (starts := self.resident_starts) is not None:
+            first, last = starts.searchsorted((start, stop)).tolist()
+            return starts[first:last]
+        found = self._search(start, stop)
+        if any(later <= sooner for sooner, later in pairwise([start - 1, *found, stop])):
+            raise ShardError(
+                f"{self._idx}: documents that begin in tokens [{start:,}, {stop:,}) are not one after the other: the "
+                "index is damaged, see python -m data_prep.verify_shards"
+            )
+        return np.array(found, np.int64)
 
     @cached_property
-    def _starts(self) -> NDArray[np.int64]:
-        """Where documents begin, in memory."""
+    def resident_starts(self) -> NDArray[np.int64] | None:
+        """Where documents begin, ascending, each once; None if those are too many to hold in memory."""
+        if self.n_documents > RESIDENT:
+            return None
         edges = self.document_edges(0, self.n_documents)
         return edges[:-1][edges[1:] > edges[:-1]]  # foreign documents may be empty
+
+    @cached_property
+    def starts_address(self) -> int:
+        assert self.resident_starts is not None
+        return self.resident_starts.ctypes.data
 
     def _search(self, start: int, stop: int) -> list[int]:
         """document_starts by bisection over the numbers in the file, most of which are read anew."""

@@ -208,8 +208,9 @@ def test_ours_and_the_gather_read_as_many_tokens_and_the_gather_the_right_ones(t
         assert side.run(3) == 3 * 512
     tokens = np.fromfile(tmp_path / "letters" / "train.bin", np.uint16)
     start = gather.order[gather.next - 1] * 128
-    assert (gather.inputs[3] == tokens[start : start + 128]).all()
-    assert (gather.labels[3] == tokens[start + 1 : start + 129]).all()
+    inputs, labels = gather.batch
+    assert (inputs[3] == tokens[start : start + 128]).all()
+    assert (labels[3] == tokens[start + 1 : start + 129]).all()
 
 
 def test_the_peer_takes_as_many_tokens_as_there_is_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +244,7 @@ def options() -> Namespace:
         rounds=2,
         corpus_tokens=20_000,
         lengths=[128],
-        batch_tokens=1024,
+        batch_tokens=[1024],
         load_tokens=4096,
         start_tokens=10**7,
         start_document=10**5,
@@ -257,12 +258,12 @@ def test_without_the_peer_ours_is_still_measured_beside_the_limit(
     report = Report("data", {}, columns=["what", "", "", "", ""])
     data_load.measure_loading(report, options, tmp_path)
     data_load.measure_start(report, options, tmp_path)
-    assert report.figures["128: ours tokens"].value == 8192
-    assert report.figures["128: ours / numpy gather"].value == 2.0
+    assert report.figures["8 x 128: ours tokens"].value == 8192
+    assert report.figures["8 x 128: ours / numpy gather"].value == 2.0
     assert report.figures["start: ours MB"].value == pytest.approx(50 * 1.048576)
     assert {goal.name: goal.holds for goal in report.goals} == {
-        "128: GPTDataset tokens": False,
-        "128: ours / numpy gather": True,
+        "8 x 128: GPTDataset tokens": False,
+        "8 x 128: ours / numpy gather": True,
         "start: ours s": True,
         "start: ours MB": True,
         "start: GPTDataset s": False,
@@ -305,9 +306,9 @@ def test_loading_starting_and_verifying(tmp_path: Path) -> None:
     start = ["--start-tokens", "1000000000", "--start-document", "100000", "--verify-tokens", "40000000"]
     report = run_script("--rounds", "1", "--parts", "load", "start", "verify", *sizes, *start, directory=tmp_path)
     figures = {name: figure["value"] for name, figure in report["figures"].items()}
-    for length in (128, 1024):
-        assert {f"{length}: {side} tokens" for side in ("ours", "numpy gather", "GPTDataset")} <= figures.keys()
-        assert f"{length}: ours / GPTDataset" in figures
+    for rows in ("16 x 128", "2 x 1024"):
+        assert {f"{rows}: {side} tokens" for side in ("ours", "numpy gather", "GPTDataset")} <= figures.keys()
+        assert f"{rows}: ours / GPTDataset" in figures
     assert {
         "start: GPTDataset s",
         "start: GPTDataset MB of its own",
@@ -316,8 +317,8 @@ def test_loading_starting_and_verifying(tmp_path: Path) -> None:
     } <= figures.keys()
     assert all(value is not None and value > 0 for name, value in figures.items() if "tokens" in name), figures
     assert {goal["name"] for goal in report["goals"]} == {
-        "128: ours / numpy gather",
-        "1024: ours / numpy gather",
+        "16 x 128: ours / numpy gather",
+        "2 x 1024: ours / numpy gather",
         "start: ours s",
         "start: ours MB",
     }

@@ -26,7 +26,7 @@ from mamba_pretrain.data.shards import ShardError
 from tests.helpers.corpora import make_dataset
 
 SEQ_LEN = 128
-KEYS = ("input_ids", "labels", "seq_idx", "samples", "sources", "padding")
+KEYS = ("input_ids", "labels", "seq_idx", "samples", "padding")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_batches_have_the_promised_shapes_and_types(dataset: WindowDataset) -> N
         "input_ids": ((4, SEQ_LEN), torch.int64),
         "labels": ((4, SEQ_LEN), torch.int64),
         "seq_idx": ((4, SEQ_LEN), torch.int32),
-        **dict.fromkeys(("samples", "sources", "padding"), ((4,), torch.int64)),
+        **dict.fromkeys(("samples", "padding"), ((4,), torch.int64)),
     }
 
 
@@ -105,7 +105,6 @@ def test_rows_of_a_mixture_are_those_of_their_sources(mixed: MixedRows) -> None:
     assert [tuple(batch["input_ids"].shape) for batch in found] == [(8, 32)] * 6 + [(2, SEQ_LEN)] * 20
     for batch in found:
         places = mixed.mixture.locate(batch["samples"].numpy())
-        assert batch["sources"].tolist() == places.sources.tolist()
         for i, (stage, source, row) in enumerate(zip(places.stages, places.sources, places.rows, strict=True)):
             expected = mixed.rows[stage][source].read(np.array([row]))
             assert batch["input_ids"][i].tolist() == expected.input_ids[0].tolist()
@@ -118,7 +117,6 @@ def test_a_mixture_in_stages_is_the_same_for_any_world_and_workers(
     mixed: MixedRows, world: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loader, "AHEAD", 24)  # as in a long run: places are computed many times
-    monkeypatch.setattr(loader, "AT_ONCE", 1024)
     reference = {int(c): b["input_ids"][i] for b in take(mixed, 96, size=4) for i, c in enumerate(b["samples"])}
     first = 16  # in the midst of the first stage
     for rank in range(world):

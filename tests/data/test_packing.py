@@ -6,6 +6,7 @@ import pickle
 import resource
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +47,8 @@ def test_the_last_token_is_only_a_label(tmp_path: Path, n_tokens: int, expected:
             Windows(shard, 4, 100)
 
 
-@pytest.mark.parametrize("seq_len", [3, packing.GROUP_TOKENS])
+@pytest.mark.parametrize("seq_len", [3, 5000])
 def test_a_token_beyond_the_vocabulary_is_named(tmp_path: Path, seq_len: int) -> None:
-    """In rows that are gathered, and in rows so long that they are read one by one."""
     tokens = np.arange(3 * seq_len) % 50
     tokens[2 * seq_len - 1] = 99
     rows = Windows(shard_of(tmp_path, [tokens.tolist()]), seq_len, 50)
@@ -77,11 +77,11 @@ def test_a_vocabulary_of_the_whole_dtype_lets_every_token_pass(tmp_path: Path, c
     documents=st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=12), min_size=1),
     seq_len=st.integers(1, 9),
     resident=st.booleans(),
-    group=st.sampled_from([1, 4, 20, 1 << 15]),
+    compiled=st.booleans(),
     data=st.data(),
 )
 def test_rows_are_the_stream_however_they_are_read(
-    documents: list[list[int]], seq_len: int, resident: bool, group: int, data: st.DataObject
+    documents: list[list[int]], seq_len: int, resident: bool, compiled: bool, data: st.DataObject
 ) -> None:
     ids, labels, numbers = windows_of(documents, seq_len)
     if not len(ids):
@@ -90,7 +90,8 @@ def test_rows_are_the_stream_however_they_are_read(
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "RESIDENT", 1 << 20 if resident else 0)
         patch.setattr(shards, "KNOWN", 3)
-        patch.setattr(packing, "GROUP_TOKENS", group)
+        if not compiled:
+            patch.setattr(packing, "compiled_reader", lambda: None)
         windows = Windows(shard_of(Path(directory), documents), seq_len, 100)
         assert_equal(windows.read(rows), ids[rows], labels[rows], numbers[rows])
         assert not windows.read(rows).padding.any()
@@ -133,6 +134,34 @@ def test_an_index_that_runs_backwards_is_an_error(
         stream.write(np.array([20, 9, 15], "<i8").tobytes())
     with pytest.raises(ShardError, match="index is damaged"):
         Windows(shard, 26, 100).read(np.array([0]))
+
+
+@pytest.mark.skipif(packing.compiled_reader() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("code", [1, 2, 3, 4, 5, 8])
+def test_compiled_rows_are_those_of_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """At lengths around the block of the loops, for every width and sign of a token."""
+    rng = np.random.default_rng(code)
+    documents = [rng.integers(0, 100, n).tolist() for n in rng.integers(0, 900, 40)]
+    shard = foreign_shard(tmp_path, documents, list(range(41)), code)
+    for seq_len in (1, 7, 1023, 1024, 1025, 3000):
+        windows = Windows(shard, seq_len, 100)
+        chosen = rng.permutation(windows.n_rows)[:9]
+        compiled = windows.read(chosen)
+        with monkeypatch.context() as patch:
+            patch.setattr(packing, "compiled_reader", lambda: None)
+            assert_equal(compiled, *windows.read(chosen)[:3])
+        assert not compiled.padding.any()
+
+
+def test_without_a_compiler_rows_come_from_numpy_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MAMBA_PRETRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "/nonexistent")
+    monkeypatch.setattr(packing, "compiled_reader", cache(packing.compiled_reader.__wrapped__))
+    rows = Windows(shard_of(tmp_path, [[1, 2, 3], [4, 5]]), 4, 100)
+    assert rows.read(np.array([0])).labels.tolist() == [[2, 3, IGNORE, 5]]
+    assert caplog.text.count("rows are read by numpy, which takes several times as long: no C++ compiler") == 1
 
 
 def test_rows_by_name(tmp_path: Path) -> None:

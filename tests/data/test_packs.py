@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import pack_shards
+from mamba_pretrain.data import packing
 from mamba_pretrain.data.packing import IGNORE, Block, Packed, make_rows
 from mamba_pretrain.data.packs import HEADER, Pack, pack_path
 from mamba_pretrain.data.shards import Shard, ShardError
@@ -71,15 +72,18 @@ def test_no_token_is_lost_or_doubled(tmp_path: Path, lengths: list[int], how: st
     seq_len=st.integers(2, 12),
     how=st.sampled_from(HOW),
     block=st.integers(1, 9),
+    compiled=st.booleans(),
 )
 def test_no_token_is_lost_or_doubled_whatever_the_lengths(
-    lengths: list[int], seq_len: int, how: str, block: int
+    lengths: list[int], seq_len: int, how: str, block: int, compiled: bool
 ) -> None:
     documents = numbered(lengths)
     if max(lengths) < 2:
         return
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         patch.setattr(pack_shards, "BLOCK", block)
+        if not compiled:
+            patch.setattr(packing, "compiled_reader", lambda: None)
         check(packed(shard_of(Path(directory), documents, 1000), seq_len, how, 1000), documents, how)
 
 

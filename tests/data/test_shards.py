@@ -239,7 +239,7 @@ def edit_manifest(dataset: Path, **fields: object) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"version": 3}, "'version': 3}; this reader knows .* versions 1 and 2: a newer version of this program"),
+        ({"version": 4}, "'version': 4}; this reader knows .* versions 1 to 3: a newer version of this program"),
         ({"format": "npy"}, "'format': 'npy'"),
         ({"colour": "red"}, r"unknown fields \['colour'\], missing \[\]"),
         ({"adds_bos": 1}, "adds_bos: 1 is not a bool"),

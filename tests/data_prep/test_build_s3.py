@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import s3fs
 
 from data_prep import build_shards, merge_shards
+from data_prep.plan import work_of
 from mamba_pretrain.data.dataset import verify
 from tests.helpers.corpora import make_documents, write_jsonl
 from tests.helpers.s3 import s3_server
@@ -66,6 +69,22 @@ def test_tasks_leave_parts_and_the_merge_takes_them(
     assert fetched(bucket, tmp_path / "data") == expected
     assert build(corpus, bucket) == 2
     assert f"{bucket} exists" in capsys.readouterr().err
+
+
+def test_drafts_of_killed_processes_do_not_stay_on_this_machine(
+    corpus: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    draft = work_of(bucket).draft("000001.tokens")
+    ours, others = draft.with_name(draft.name.replace(str(os.getpid()), str(gone.pid))), tmp_path / "000001.tokens"
+    another = work_of(f"{bucket}-2").draft("000001.tokens")
+    another = another.with_name(another.name.replace(str(os.getpid()), str(gone.pid)))
+    for path in (ours, others, another):
+        path.touch()
+    assert build(corpus, bucket) == 0
+    assert [path.exists() for path in (ours, others, another)] == [False, True, True]
 
 
 def test_an_interrupted_upload_does_not_open_and_goes_on(

@@ -71,6 +71,47 @@ def test_identical_documents_share_a_split(tmp_path: Path) -> None:
     assert sum(map(len, found)) == len(set.union(*found)) == 50
 
 
+def test_inputs_that_are_set_apart_keep_their_split(tmp_path: Path) -> None:
+    """Those of a directory and of a saved dataset, whose documents have names of their own, too."""
+    import datasets
+
+    documents = make_documents(60)
+    (tmp_path / "held").mkdir()
+    for i in (0, 1):
+        write_jsonl(tmp_path / "held" / f"{i}.jsonl", documents[i * 10 : i * 10 + 10])
+    datasets.DatasetDict({"x": datasets.Dataset.from_dict({"text": documents[20:30]})}).save_to_disk(tmp_path / "saved")
+    rest = write_jsonl(tmp_path / "rest.jsonl", documents[30:])
+    apart = ["--split-files", f"validation={tmp_path / 'held'}", f"test={tmp_path / 'saved'}"]
+    assert build(rest, tmp_path / "data", *apart) == 0
+    found = {split: texts(tmp_path / "data", split) for split in ("train", "validation", "test")}
+    assert found == {"train": documents[30:], "validation": documents[:20], "test": documents[20:30]}
+    manifest = Manifest.read(tmp_path / "data")
+    assert manifest.split_rule.inputs[str(tmp_path / "saved")] == "test"
+    assert f"validation={tmp_path / 'held'}" in manifest.command
+    assert build(rest, tmp_path / "divided", *apart[:2], "--split-fractions", "0.5", "0", "0.5") == 0
+    found = {split: set(texts(tmp_path / "divided", split)) for split in ("train", "validation", "test")}
+    assert found["validation"] == set(documents[:20]) and found["train"] | found["test"] == set(documents[30:])
+    assert min(map(len, found.values())) > 0
+
+
+def test_a_dataset_of_inputs_that_are_all_set_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = (write_jsonl(tmp_path / f"{i}.jsonl", make_documents(5 + i)) for i in range(2))
+    options = ["--tokenizer", "bytes", "--output", str(tmp_path / "data")]
+    assert build_shards.main([*options, "--split-files", f"train={one}", f"test={other}"]) == 0
+    assert {name: split.documents for name, split in Manifest.read(tmp_path / "data").splits.items()} == {
+        "train": 5,
+        "test": 6,
+    }
+    capsys.readouterr()
+    assert build_shards.main([str(one), *options, "--overwrite", "--split-files", f"test={one}"]) == 2
+    assert "among the inputs twice" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        build_shards.main([*options, "--split-files", f"valid={one}"])
+    assert "expected SPLIT=INPUT, with one of train, validation, test" in capsys.readouterr().err
+    assert build_shards.main(options) == 2
+    assert "no input: name files" in capsys.readouterr().err
+
+
 def test_the_same_input_gives_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         build(corpus, tmp_path / name, *FRACTIONS)
@@ -170,7 +211,7 @@ def test_an_empty_split_warns_and_an_empty_train_split_stops(
 
 def test_no_documents_at_all_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert build(write_jsonl(tmp_path / "corpus.jsonl", ["", ""]), tmp_path / "data") == 2
-    assert "no documents in 1 files: 2 records are empty" in capsys.readouterr().err
+    assert "no documents in the input (1 files): 2 records are empty" in capsys.readouterr().err
 
 
 def run(*command: str, **options: object) -> subprocess.Popen[str]:

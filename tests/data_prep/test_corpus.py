@@ -220,20 +220,29 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         list(Corpus([write_bytes(tmp_path / name, b"x")]))
 
 
+@pytest.mark.parametrize("pieces", ["file", "line", "blank-line"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, pieces: str) -> None:
+    mark = b"\xef\xbb\xbf"
+    jsonl = write_bytes(tmp_path / "a.jsonl", mark + b'{"text": "one"}\n{"text": "\xef\xbb\xbftwo"}\n')
+    txt = write_bytes(tmp_path / "b.txt", mark + b"three")
+    corpus = Corpus([jsonl, txt], txt_documents=pieces)
+    assert [document.text for document in corpus] == ["one", "\ufefftwo", "three"]
+
+
 def test_splits_follow_the_fractions_and_the_text_alone() -> None:
     rule = split_rule((0.7, 0.2, 0.1), seed=0)
     documents = make_documents(5000)
-    splits = [split_of(text, rule) for text in documents]
+    splits = [split_of(text, "", rule) for text in documents]
     counts = Counter(splits)
     for split, share in (("train", 0.7), ("validation", 0.2), ("test", 0.1)):
         assert abs(counts[split] / 5000 - share) < 0.03
-    assert [split_of(text, rule) for text in reversed(documents)] == splits[::-1]
-    assert [split_of(text, split_rule((0.7, 0.2, 0.1), seed=1)) for text in documents] != splits
+    assert [split_of(text, "", rule) for text in reversed(documents)] == splits[::-1]
+    assert [split_of(text, "", split_rule((0.7, 0.2, 0.1), seed=1)) for text in documents] != splits
 
 
 def test_splits_without_a_share_get_nothing() -> None:
     rule = split_rule((0.5, 0, 0.5), seed=0)
-    assert {split_of(text, rule) for text in make_documents(200)} == {"train", "test"}
+    assert {split_of(text, "", rule) for text in make_documents(200)} == {"train", "test"}
     assert list(split_rule((1, 0, 0), 0).fractions) == ["train"]
 
 

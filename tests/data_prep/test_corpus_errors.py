@@ -164,7 +164,7 @@ def test_sizes_add_up_for_progress(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     write_bytes(tmp_path / "b.jsonl.gz", gzip.compress(jsonl_bytes(DOCUMENTS)))
     corpus = Corpus([tmp_path])
-    assert sum(map(corpus.size, corpus.units(100))) == sum(source.bytes for source in corpus.sources())
+    assert sum(unit.bytes for unit in corpus.units(100)) == sum(source.bytes for source in corpus.sources())
 
 
 def test_units_depend_on_files_and_options_only(tmp_path: Path) -> None:

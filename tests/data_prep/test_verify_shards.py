@@ -79,7 +79,7 @@ def test_settings_beside_the_tokenizer_that_move_the_end_are_named(tmp_path: Pat
 
 def test_a_manifest_of_a_newer_version_is_named(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = (dataset / "manifest.json").read_text()
-    (dataset / "manifest.json").write_text(content.replace('"version": 2', '"version": 3'))
+    (dataset / "manifest.json").write_text(content.replace('"version": 3', '"version": 4'))
     assert verify_shards.main([str(dataset)]) == 2
     assert "a newer version of this program may have made it" in capsys.readouterr().err
 

@@ -13,19 +13,21 @@ from typing import Any
 
 import pytest
 
+from mamba_pretrain import compiled
+from mamba_pretrain.compiled import BuildError
 from mamba_pretrain.ops import dispatch
 from mamba_pretrain.ops.backends import native, native_build
-from mamba_pretrain.ops.backends.native_build import BuildError
 from tests.helpers import kernels
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 BUILD = """
 import json, sys
+from mamba_pretrain.compiled import BuildError
 from mamba_pretrain.ops.backends import native_build
 try:
     print(json.dumps([str(native_build.load()._name), None]))
-except native_build.BuildError as error:
-    print(json.dumps(error.missing))
+except BuildError as error:
+    print(json.dumps([str(error), error.mend]))
 """
 
 
@@ -162,7 +164,7 @@ def test_a_compiler_that_fails_is_quoted(
     monkeypatch.setenv("CXX", script(tmp_path / "broken", text))
     with pytest.raises(BuildError, match=f"broken {reason}") as caught:
         native_build.load()
-    assert caught.value.missing.mend.startswith(f"{tmp_path / 'broken'} -std=c++17")
+    assert caught.value.mend.startswith(f"{tmp_path / 'broken'} -std=c++17")
     assert [p.name for p in fresh.iterdir()] == ["lock"]
 
 
@@ -175,7 +177,7 @@ def test_a_compiler_that_does_not_run_or_never_ends(
     with pytest.raises(BuildError, match="no-program does not run: Exec format error"):
         native_build.load()
     monkeypatch.setenv("CXX", script(tmp_path / "endless", "exec sleep 60"))
-    monkeypatch.setattr(native_build, "COMPILE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(compiled, "COMPILE_TIMEOUT_S", 0.1)
     with pytest.raises(BuildError, match="endless took more than 0.1 s"):
         native_build.load()
     assert [p.name for p in fresh.iterdir()] == ["lock"]
@@ -187,7 +189,7 @@ def test_a_cache_that_cannot_be_written(fresh: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setenv("MAMBA_PRETRAIN_CACHE", str(cache))
         with pytest.raises(BuildError, match=f"cannot write {cache}: (File exists|Not a directory)") as caught:
             native_build.load()
-        assert caught.value.missing.mend == "export MAMBA_PRETRAIN_CACHE=/a/writable/directory"
+        assert caught.value.mend == "export MAMBA_PRETRAIN_CACHE=/a/writable/directory"
 
 
 def test_a_cache_that_cannot_be_searched(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +212,7 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", nowhere)
     with pytest.raises(BuildError, match="no cache directory: Could not determine home") as caught:
         native_build.load.__wrapped__()
-    assert "MAMBA_PRETRAIN_CACHE" in caught.value.missing.mend
+    assert "MAMBA_PRETRAIN_CACHE" in caught.value.mend
 
 
 @needs_compiler
@@ -219,23 +221,23 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_library_that_was_cut_short_is_built_again(kept: int, fresh: Path) -> None:
     """Loading it would end the process with a bus error, and the next one's, and so on."""
     native_build.load()
-    path = native_build.library_path(native_build.isa())
+    path = native_build.library(native_build.isa()).path()
     whole = path.read_bytes()
     path.unlink()  # the file in use stays as it is
     path.write_bytes(whole[:kept])
     native_build.load()
-    assert native_build._is_whole(path)
+    assert compiled.is_whole(path)
     assert len(path.read_bytes()) == len(whole)
 
 
 def test_a_library_of_other_contents_is_named(fresh: Path) -> None:
-    path = native_build.library_path(native_build.isa())
+    path = native_build.library(native_build.isa()).path()
     path.parent.mkdir()
     path.write_bytes(b"not a library")
     path.with_suffix(".sha256").write_text(hashlib.sha256(b"not a library").hexdigest())
     with pytest.raises(BuildError, match=f"{path} does not load: ") as caught:
         native_build.load()
-    assert caught.value.missing.mend == f"rm {path}"
+    assert caught.value.mend == f"rm {path}"
 
 
 @needs_compiler
@@ -244,7 +246,7 @@ def test_without_locks_the_builds_of_others_are_left_alone(fresh: Path, monkeypa
         raise OSError(errno.ENOLCK, "No locks available")
 
     (fresh / "build-of-another").mkdir(parents=True)
-    monkeypatch.setattr(native_build.fcntl, "flock", no_locks)
+    monkeypatch.setattr(compiled.fcntl, "flock", no_locks)
     native_build.load()
     assert (fresh / "build-of-another").is_dir()
 
@@ -255,7 +257,7 @@ def test_what_anyone_can_write_is_not_run(fresh: Path) -> None:
     fresh.chmod(0o777)
     with pytest.raises(BuildError, match=f"anyone can write {fresh}") as caught:
         native_build.load()
-    assert caught.value.missing.mend == f"chmod o-w {fresh}"
+    assert caught.value.mend == f"chmod o-w {fresh}"
 
 
 def test_the_lock_is_no_way_to_another_file(fresh: Path, tmp_path: Path) -> None:
@@ -270,19 +272,19 @@ def test_the_lock_is_no_way_to_another_file(fresh: Path, tmp_path: Path) -> None
 def test_where_the_library_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MAMBA_PRETRAIN_CACHE", ".")
-    before = native_build.library_path("portable")
+    before = native_build.library("portable").path()
     assert before.parent == tmp_path, "a bare name would be looked for among the system's libraries"
-    assert before != native_build.library_path("avx2")
+    assert before != native_build.library("avx2").path()
     monkeypatch.delenv("MAMBA_PRETRAIN_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert native_build.library_path("portable").parent == tmp_path / "xdg/mamba_pretrain"
+    assert native_build.library("portable").path().parent == tmp_path / "xdg/mamba_pretrain"
     copy = tmp_path / "csrc"
     shutil.copytree(native_build.SOURCES, copy)
     monkeypatch.setattr(native_build, "SOURCES", copy)
-    assert native_build.library_path("portable").name == before.name
+    assert native_build.library("portable").path().name == before.name
     with (copy / "vec.h").open("a") as file:
         file.write("// changed\n")
-    assert native_build.library_path("portable").name != before.name
+    assert native_build.library("portable").path().name != before.name
 
 
 @needs_compiler

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mamba_pretrain.compiled import BuildError
 from mamba_pretrain.ops.backends import native_build, native_ops  # noqa: F401  native_ops registers the ops
 from mamba_pretrain.ops.backends.native_decode import DecodeStep
 from mamba_pretrain.ops.call import Call, Missing, ModelWeights
@@ -30,8 +31,8 @@ _kernels = torch.ops.mamba_pretrain
 def missing() -> Missing | None:
     try:
         native_build.load()
-    except native_build.BuildError as error:
-        return error.missing
+    except BuildError as error:
+        return Missing(str(error), error.mend)
     return None
 
 
