@@ -89,7 +89,16 @@ ROOMS = {  # a room may import itself and what is listed here; the longest match
     "launch": {"cli", "train", "distributed.env", "evaluate", "export", "data", "config", "checkpoint", "model"},
 }
 # Where a package is optional, or heavy and needed by one command only, it is imported when it is used.
-LAZY = {"metrics", "commands", "evaluate", "data_prep", "launch", "ops.backends", "distributed.zero"}
+LAZY = {
+    "metrics",
+    "commands",
+    "evaluate",
+    "data_prep",
+    "launch",
+    "ops.backends",
+    "distributed.zero",
+    "distributed.engines",
+}
 HEAVY = {
     "data_prep": "torch",
     "config": "torch",

@@ -8,7 +8,6 @@ import torch
 
 from mamba_pretrain.config import Config
 from mamba_pretrain.distributed.engine import Engine, Values
-from mamba_pretrain.distributed.fsdp import FsdpEngine
 from mamba_pretrain.distributed.ranks import Ranks
 from mamba_pretrain.distributed.single import SingleEngine
 from mamba_pretrain.distributed.zero import ZeroEngine
@@ -26,5 +25,8 @@ def make_engine(
         case "zero":
             return ZeroEngine(make_model, values, config, device, ranks)
         case "fsdp":
+            # Here, as PyTorch's FSDP takes a second to import, which would be a fifth of the start of any command.
+            from mamba_pretrain.distributed.fsdp import FsdpEngine
+
             return FsdpEngine(make_model, values, config, device, ranks)
     return SingleEngine(make_model, values, config, device)

@@ -18,7 +18,7 @@ TINY = ["model.n_layer=3", "model.d_model=32", "model.vocab_size=101"]
 def figures(script: str, *words: str, directory: Path) -> dict[str, Any]:
     """What a script leaves behind: the values by name, all of them positive, and some goals."""
     target = directory / f"{script}.json"
-    command = [sys.executable, "-m", f"benchmarks.{script}", "--rounds", "2", "--threads", "1", "--json", str(target)]
+    command = [sys.executable, "-m", f"benchmarks.{script}", "--rounds", "1", "--threads", "1", "--json", str(target)]
     done = subprocess.run(
         [*command, *words],
         cwd=ROOT,

@@ -36,11 +36,11 @@ LAYOUTS = {
 }
 MOVES = [
     *(("single", to) for to in ("fsdp-4", "zero-1", "zero-3-of-4", "fsdp-1")),
-    *(("fsdp-2", to) for to in ("fsdp-2", "single", "hsdp-2x2", "zero-2")),
-    *(("hsdp-2x2", to) for to in ("hsdp-2x2", "fsdp-2", "zero-3")),
-    *(("zero-1", to) for to in ("zero-1", "zero-1-of-4", "zero-3-offloaded", "fsdp-4")),
-    *(("zero-2", to) for to in ("zero-2", "zero-1", "single")),
-    *(("zero-3", to) for to in ("zero-3", "zero-3-of-4", "zero-2", "single")),
+    *(("fsdp-2", to) for to in ("single", "hsdp-2x2", "zero-2")),
+    *(("hsdp-2x2", to) for to in ("fsdp-2", "zero-3")),
+    *(("zero-1", to) for to in ("zero-1-of-4", "zero-3-offloaded", "fsdp-4")),
+    *(("zero-2", to) for to in ("zero-1", "single")),
+    *(("zero-3", to) for to in ("zero-3-of-4", "zero-2", "single")),
 ]
 STOP = 6  # the step that is saved
 

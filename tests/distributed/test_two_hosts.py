@@ -61,15 +61,11 @@ def test_hosts_have_their_names_and_reach_each_other_only(hosts: Hosts) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
-def test_torchrun(hosts: Hosts, dataset: Path, finished: Path, tmp_path: Path, rendezvous: str) -> None:
-    if rendezvous == "static":  # two shards on each host, which are copies of the other's
-        options, per_node = ["fsdp.replicas=2", "train.micro_batch_size=2"], 2
-        where: list[list[object]] = [["--node-rank", node, "--master-addr", "10.77.0.1"] for node in range(2)]
-    else:
-        options, per_node, where = [], 1, [[*ELASTIC], [*ELASTIC]]
-    words = train_words(dataset, tmp_path / "run", "train.engine=fsdp", *options)
-    start: list[object] = [sys.executable, "-m", "launch.torchrun", "--nnodes=2", f"--nproc-per-node={per_node}"]
+def test_torchrun(hosts: Hosts, dataset: Path, finished: Path, tmp_path: Path) -> None:
+    """Who meet at the first host's address; two shards on each host, which are copies of the other's."""
+    words = train_words(dataset, tmp_path / "run", "train.engine=fsdp", "fsdp.replicas=2", "train.micro_batch_size=2")
+    start: list[object] = [sys.executable, "-m", "launch.torchrun", "--nnodes=2", "--nproc-per-node=2"]
+    where: list[list[object]] = [["--node-rank", node, "--master-addr", "10.77.0.1"] for node in range(2)]
     on_both(hosts, [[*start, *where[node], "-m", "launch.train", *words] for node in range(2)], tmp_path)
     assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-6)
 

@@ -15,7 +15,7 @@ from tests.helpers.processes import on_ranks
 
 SIZES = {
     "small": (2, 256, ["model.d_model=256", "model.n_layer=4", "model.vocab_size=8000"]),
-    "middle": (4, 512, ["model.d_model=512", "model.n_layer=8", "model.vocab_size=16000"]),
+    "middle": (2, 256, ["model.d_model=512", "model.n_layer=8", "model.vocab_size=16000"]),
     "large": (1, 128, ["model.d_model=1024", "model.n_layer=8", "model.vocab_size=50277"]),
 }
 AGAIN = "train.activation_checkpointing=true"
@@ -51,7 +51,7 @@ def test_the_peak_is_that_of_the_tensors_alive(engine: str, size: str, micro_bat
 @slow
 @pytest.mark.parametrize(
     ("engine", "micro_batches", "options"),
-    [*((e, 1, []) for e in ("single", "zero-2", "zero-3", "fsdp")), ("zero-1", 2, [AGAIN]), ("fsdp", 2, [AGAIN])],
+    [*((engine, 1, []) for engine in ("single", "zero-2", "zero-3", "fsdp")), ("zero-1", 2, [AGAIN])],
 )
 def test_the_peak_is_that_of_the_process(engine: str, micro_batches: int, options: list[str]) -> None:
     world, words = ENGINES[engine]
