@@ -29,6 +29,7 @@ from mamba_pretrain.model.describe import law_table
 from mamba_pretrain.model.law import audit, initial_value
 from mamba_pretrain.model.lm import MambaLM
 from mamba_pretrain.ops import dispatch
+from mamba_pretrain.ops.backends import native, native_build
 from mamba_pretrain.ops.selfcheck import self_check
 from mamba_pretrain.pieces import PiecesError
 from mamba_pretrain.reading import Reading, open_reading, table
@@ -179,15 +180,19 @@ def _draw(shape_of: dict[str, torch.Size], config: Config, name: str) -> torch.T
 
 
 def _announce_kernels(run: Run) -> dict[str, str]:
-    """Says what every op will run on and why. A GPU's kernels are held against the reference first: no test saw it."""
+    """Says what every op will run on and why. A GPU's kernels are held against the reference first: no test saw it.
+
+    Returns the names by op; of our own on CPUs the version, too.
+    """
     model, dtype = run.config.model, DTYPES[run.config.train.precision]
     if run.device.type == "cuda":
         for op, backend, error in self_check(run.device):
             log.info("%s: the %s kernels agree with the reference to %.0e", op, backend, error)
     packed = run.config.data.reset_documents
-    return dispatch.announce(
+    chosen = dispatch.announce(
         run.device.type, dtype, d_state=model.d_state, taps=model.d_conv, inner=model.d_inner, packed=packed
     )
+    return {op: f"{name} {native_build.version()}" if name == native.NAME else name for op, name in chosen.items()}
 
 
 def resolve_model(given: ModelConfig, known: ModelConfig | None, manifest: Manifest) -> ModelConfig:

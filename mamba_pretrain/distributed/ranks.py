@@ -68,7 +68,8 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A block that all ranks end well, or none: where one raises, the others raise PeerError.
+        """A block that all ranks end well, or none: where one raises, the others raise PeerError, as do those that
+        raised the same as one before them, so that it is said once.
 
         There must be no other talk among ranks within the block.
         """
@@ -78,11 +79,11 @@ class Ranks:
         except Exception as caught:
             mine = caught
         told = self.gather(None if mine is None else str(mine) or type(mine).__name__)
-        if mine is not None:
+        if mine is not None and told.index(told[self.rank]) == self.rank:
             raise mine
         failed = [(rank, text) for rank, text in enumerate(told) if text is not None]
         if failed:
-            raise PeerError(f"rank {failed[0][0]} of {self.world} failed: {failed[0][1]}")
+            raise PeerError(f"rank {failed[0][0]} of {self.world} failed: {failed[0][1]}") from mine
 
 
 ALONE = Ranks()

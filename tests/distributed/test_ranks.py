@@ -12,6 +12,7 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from mamba_pretrain.config import ConfigError
+from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.distributed import meeting
 from mamba_pretrain.distributed.ranks import ALONE, PeerError, Ranks, connected, find_ranks, first_host
 from tests.helpers.processes import free_port, in_processes, on_ranks
@@ -167,6 +168,14 @@ def _talk(ranks: Ranks) -> dict[str, Any]:
                 raise ValueError
     except (ValueError, PeerError) as error:
         said["nameless"] = str(error)
+    try:
+        with ranks.together():
+            if ranks.rank:
+                raise ShardError("no shard")
+    except ShardError as error:
+        said["same"] = str(error)
+    except PeerError as error:
+        said["same"] = f"peer: {error}"
     return said
 
 
@@ -181,6 +190,8 @@ def test_ranks_add_up_gather_and_fail_together() -> None:
             assert said["own"] == f"no disk on {rank}"
             assert said["nameless"] == "rank 0 of 3 failed: ValueError"
     assert told[0]["peer"] == "rank 1 of 3 failed: no disk on 1"
+    peer = "peer: rank 1 of 3 failed: no shard"
+    assert [said["same"] for said in told] == [peer, "no shard", peer], "the same is said by the first that found it"
 
 
 def _meet(port: int, coming: list[int]) -> str:

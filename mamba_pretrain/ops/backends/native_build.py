@@ -49,6 +49,12 @@ def library(instructions: str) -> Library:
 
 
 @cache
+def version() -> str:
+    """What the kernels are built from, and for: others round otherwise."""
+    return library(isa()).path().stem.removeprefix("kernels-")
+
+
+@cache
 def load() -> ctypes.CDLL:
     """The kernels for this CPU, built if need be. Raises BuildError."""
     return library(isa()).load()
