@@ -206,10 +206,10 @@ def _disk_full(reason: str, store: Store) -> str:
 def _require_outside(output: str | Path, inputs: Sequence[str | Path]) -> None:
     if is_url(str(output)):
         return
-    output = Path(output)
-    for path in inputs:
-        if not is_url(str(path)) and Path(path).resolve().is_relative_to(output.resolve()):
-            raise ShardError(f"{output} holds the input {path}, which it would replace: choose another output")
+    for place in (Path(output), Path(str(work_of(output)))):
+        for path in inputs:
+            if not is_url(str(path)) and Path(path).resolve().is_relative_to(place.resolve()):
+                raise ShardError(f"{place} holds the input {path}, which it would replace: choose another output")
 
 
 def summary(manifest: Manifest) -> str:

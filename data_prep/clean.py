@@ -114,7 +114,9 @@ def _digest(units: Sequence[Unit], corpus: Corpus) -> str:
 
 def _require_same(settings: dict[str, Any], path: Path) -> None:
     if not path.exists():
-        path.write_text(json.dumps(settings))
+        draft = path.with_suffix(".new")  # a kill leaves no half of it under its name
+        draft.write_text(json.dumps(settings))
+        draft.replace(path)
         return
     begun = json.loads(path.read_text())
     if different := [name for name in settings if json.loads(json.dumps(settings[name])) != begun.get(name)]:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from data_prep.streams import CorpusError
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import TokenizerError
+from mamba_pretrain.files import DISK_FULL
 
 
 def new_parser(module: str, description: str) -> ArgumentParser:
@@ -74,7 +75,10 @@ def run(parser: ArgumentParser, body: Callable[[Namespace], int], argv: Sequence
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (CorpusError, ShardError, TokenizerError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        cure = ""
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            cure = ": make room where the output goes, or choose another place, and start the same command again"
+        print(f"{parser.prog}: error: {error}{cure}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(f"{parser.prog}: interrupted, {str(error) or 'nothing was written'}", file=sys.stderr)

@@ -278,6 +278,7 @@ def add_split_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--split-files",
+        action="extend",
         nargs="+",
         type=_split_file,
         default=[],
@@ -306,6 +307,8 @@ def chosen_rule(arguments: Namespace) -> SplitRule:
     rule = split_rule(fractions, arguments.seed)
     if not arguments.split_files:
         return rule
+    if arguments.split_fractions and not arguments.inputs:
+        raise CorpusError("--split-fractions are of INPUT, and there is none: all inputs are --split-files")
     inputs = {file: split for split, given in arguments.split_files for file in inputs_in([given]).files}
     how = f"{rule.how}; of inputs as in `inputs`" if arguments.inputs else "by input, as in `inputs`"
     return SplitRule(rule.seed, rule.fractions if arguments.inputs else {}, how, inputs)

@@ -143,7 +143,11 @@ def _require_distinct(files: Sequence[str]) -> None:
     for path in files:
         place = path if is_url(path) else os.path.realpath(path)
         if place in first:
-            raise CorpusError(f"{path} is among the inputs twice, first as {first[place]}: its text would count double")
+            again = "" if path == first[place] else f", first as {first[place]}"
+            raise CorpusError(
+                f"{path} is among the inputs twice{again}: its text would count double (a directory or a pattern may "
+                "hold what is also named by itself, or by --split-files)"
+            )
         first[place] = path
     for place, path in first.items():
         directory = os.path.dirname(place)

@@ -283,6 +283,8 @@ def finished(store: Store, plan: Plan) -> dict[int, Counts]:
             continue
         try:
             counts = from_json(Counts, json.loads(store.read(name)), f"{store}/{name}")
+            if counts.sha256.keys() != {"documents", "tokens"}:
+                raise ShardError(f"sha256 of {sorted(counts.sha256)}")
         except ValueError as error:
             message = f"{store}/{name} is damaged ({error}): remove it, and start the same command again"
             raise ShardError(message) from error

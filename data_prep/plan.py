@@ -10,6 +10,7 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Final
 import mamba_pretrain
 from data_prep.corpus import Corpus
 from data_prep.records import Reading, Unit
-from data_prep.store import Store, store_at
+from data_prep.store import DRAFT, Store, store_at
 from mamba_pretrain.data.manifest import SourceInfo, SplitRule, TokenizerInfo, from_json
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
@@ -28,6 +29,7 @@ from mamba_pretrain.data.writer import token_dtype
 PLAN: Final = "plan.json"
 PLAN_LOCK: Final = "plan.lock"
 LIBRARIES: Final = ("numpy", "sentencepiece", "tokenizers")
+OWN_NAME: Final = re.compile(rf"{re.escape(PLAN)}|\w[\w-]*\.lock|(tokenizer\w*|\d{{6}})\.\w+|.+{re.escape(DRAFT)}.+")
 MIN_UNIT_BYTES: Final = 8 << 20
 MAX_UNITS: Final = 1000  # small files in a part
 MAX_PARTS: Final = 4096  # about so many, whatever the corpus: a few thousand files are no burden to a file system
@@ -168,8 +170,14 @@ def agree(store: Store, plan: Plan, tokenizer: Tokenizer, *, alone: bool) -> Non
     with store.lock(PLAN_LOCK, wait=True):
         names = store.names()
         if PLAN not in names or (alone and not has_parts(store)):
+            # What is there is of a build that ended before it began, or while it cleaned up; or it is not ours.
+            if foreign := sorted(name for name in names if not OWN_NAME.fullmatch(name)):
+                raise ShardError(
+                    f"{store} holds {', '.join(foreign[:5])}, which no build made: move that away, or choose another "
+                    "output"
+                )
             store.remove(PLAN)
-            for name in names:  # of a build that ended before it began, or while it cleaned up
+            for name in names:
                 if not name.endswith(".lock"):
                     store.remove(name)
             with tempfile.TemporaryDirectory() as scratch:

@@ -23,6 +23,8 @@ def workspace(output: Path, error: type[ValueError]) -> Iterator[Path]:
     where `output` exists.
     """
     part = output.with_name(output.name + ".part")
+    if part.exists() and any(part.iterdir()) and not (part / LOCK).exists():
+        raise error(f"{part}, where work on {output} would be kept, holds something else: move it away")
     part.mkdir(parents=True, exist_ok=True)
     with (part / LOCK).open("w") as lock:
         try:

@@ -142,6 +142,10 @@ def build(config: Config, ranks: Ranks = ALONE) -> Run:
             "torch": torch.__version__,
         },
     )
+    for section in ("zero", "fsdp"):
+        given = getattr(config, section)
+        if config.train.engine != section and given != type(given)():
+            log.warning("options of %s are set, which train.engine=%s does not read", section, config.train.engine)
     if device.type == "cpu":
         keep_freed_memory()
     if config.train.precision == "bf16" and not bf16_is_native(device):
@@ -243,7 +247,7 @@ def _resume_from(config: Config) -> Path | None:
     if choice == "auto":
         if not found:
             log.info("no checkpoint in %s yet: starting at step 0", directory)
-        return found[-1] if found else None
+        return _resumable(found[-1]) if found else None
     if choice == "never":
         if found:
             raise ConfigError(
@@ -253,15 +257,25 @@ def _resume_from(config: Config) -> Path | None:
                 ]
             )
         return None
-    if checkpoint.read_manifest(Path(choice)).get("kind") != "checkpoint":
-        raise CheckpointError(f"{choice} is a model without optimizer state: start from it with train.init_from")
-    path = Path(choice)
-    newer = [p.name for p in found if path.resolve().parent == directory.resolve() and p.name > path.name]
+    path = _resumable(Path(choice))
+    if found and path.resolve().parent != directory.resolve():
+        raise CheckpointError(
+            f"{directory} holds checkpoints up to {found[-1].name}, and {path} is none of them: choose another run_dir "
+            "to go on from it"
+        )
+    newer = [p.name for p in found if p.name > path.name]
     if newer:
         raise CheckpointError(
             f"{directory} also holds {', '.join(newer)}, which going on from {path.name} would overwrite: move them "
             "away, or choose another run_dir"
         )
+    return path
+
+
+def _resumable(path: Path) -> Path:
+    manifest = checkpoint.read_manifest(path)
+    if manifest.get("kind") != "checkpoint" or "identity" not in manifest:
+        raise CheckpointError(f"{path} is a model without optimizer state: start from it with train.init_from")
     return path
 
 

@@ -66,6 +66,13 @@ def _complete(directory: Path, config: Config, facts: dict[str, Any], known: dic
     """Adds the configuration and the manifest, for which files are hashed unless `known` has their facts."""
     config_module.save(config, directory / CONFIG)
     files: dict[str, Any] = {}
+    for name, facts_of in known.items():
+        found = (directory / name).stat().st_size if (directory / name).is_file() else None
+        if found != facts_of["bytes"]:
+            raise CheckpointError(
+                f"{directory / name} has {found or 'no'} bytes as rank 0 sees it, {facts_of['bytes']:,} were written: "
+                "run_dir must lie on a file system that all ranks share"
+            )
     for path in sorted(directory.iterdir()):
         files[path.name] = known.get(path.name) or {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         sync(path)  # before the manifest that vouches for it
@@ -120,12 +127,14 @@ class Save:
         """Waits for all ranks' files and makes the checkpoint visible; or raises on every rank, and nothing is left."""
         if self._thread.ident is not None:
             self._thread.join()
-        told = self.ranks.gather((self._files, self._error and f"{self._error}"))
-        failed = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(told) if text]
+        told = self.ranks.gather((self._files, self._error and (f"{self._error}", getattr(self._error, "errno", None))))
+        failed = [(f"rank {rank}: {error[0]}", error[1]) for rank, (_, error) in enumerate(told) if error]
         with self.ranks.together(), self._opened:
             if failed and self.ranks.first:
                 # Through the open directory's hands, which name a full disk and take the half-written away.
-                raise self._error or CheckpointError(f"{self.target} was not written: {failed[0]}")
+                text, number = failed[0]
+                other = OSError(number, text) if number else CheckpointError(f"{self.target} was not written: {text}")
+                raise self._error or other
             if self.ranks.first:
                 write_files(self.directory)
                 _complete(self.directory, config, facts, {k: v for files, _ in told for k, v in files.items()})
@@ -179,8 +188,9 @@ def verify(directory: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
         elif (found := sha256_of(path)) != due["sha256"]:
             problems.append(f"{name} has sha256 {found[:12]}..., the manifest says {due['sha256'][:12]}...")
     problems = [problem for part in ranks.gather(problems) for problem in part]
-    if problems:
-        raise CheckpointError(f"{directory} is damaged: {'; '.join(problems)}{_complete_siblings(directory)}")
+    with ranks.together():  # in which what all find is said once
+        if problems:
+            raise CheckpointError(f"{directory} is damaged: {'; '.join(problems)}{_complete_siblings(directory)}")
     return manifest
 
 
@@ -191,7 +201,7 @@ def open_part(directory: Path, manifest: dict[str, Any], part: str) -> Pieces:
     if not names:
         raise CheckpointError(f"{directory} has no {part}.safetensors")
     of = {name.rpartition("-of-")[2] for name in names if "-of-" in name}
-    if len(of) > 1 or (of and int(of.copy().pop().partition(".")[0]) != len(names)):
+    if len(of) > 1 or any(int(count.partition(".")[0]) != len(names) for count in of):
         raise CheckpointError(f"{directory / MANIFEST} lists {', '.join(names)}: that is not one of each of its parts")
     try:
         return Pieces([directory / name for name in names])

@@ -80,8 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"mamba-pretrain {arguments.command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except NonFiniteError as error:
-        print(f"mamba-pretrain {arguments.command}: training diverged\n{error}", file=sys.stderr)
+    except NonFiniteError as error:  # which all ranks raise
+        if find_ranks().first:
+            print(f"mamba-pretrain {arguments.command}: training diverged\n{error}", file=sys.stderr)
         return EXIT_NONFINITE
     except RuntimeError as error:
         if not lost_contact(error):

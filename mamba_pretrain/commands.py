@@ -15,7 +15,7 @@ from mamba_pretrain.data.dataset import open_split, verify_up_to
 from mamba_pretrain.data.packing import n_windows
 from mamba_pretrain.data.tokenizer import dataset_tokenizer, load_tokenizer
 from mamba_pretrain.distributed.env import autocast, keep_freed_memory, resolve_device
-from mamba_pretrain.distributed.ranks import find_ranks
+from mamba_pretrain.distributed.ranks import PeerError, find_ranks
 from mamba_pretrain.distributed.zero import deepspeed_config
 from mamba_pretrain.doctor import examine
 from mamba_pretrain.evaluate.perplexity import EvaluationError, PerplexityResult, evaluate_documents, evaluate_windows
@@ -41,7 +41,13 @@ def run_train(arguments: argparse.Namespace) -> int:
     ranks = find_ranks()
     if not ranks.first:
         log.setLevel(logging.ERROR)  # rank 0 speaks for all
-    return run(resolved(arguments, ranks.world))
+    try:
+        config = resolved(arguments, ranks.world)
+    except ConfigError as error:
+        if ranks.local_rank == 0:
+            raise
+        raise PeerError(str(error)) from error  # the first rank of this host has read the same, and says so
+    return run(config)
 
 
 def run_describe(arguments: argparse.Namespace) -> None:

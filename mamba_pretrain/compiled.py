@@ -93,7 +93,10 @@ class Library:
                 ctypes.CDLL(str(made))
             except OSError:
                 _run([*compiler(), "-shared", *self.link_flags, object_file, "-o", str(made)])
-                ctypes.CDLL(str(made))
+                try:
+                    ctypes.CDLL(str(made))
+                except OSError as error:
+                    raise BuildError(f"what is built in {path.parent} does not load: {error}", CHOOSE_CACHE) from error
             digest = Path(directory) / "made.sha256"
             digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
             os.replace(made, path)
@@ -117,12 +120,16 @@ def is_whole(path: Path) -> bool:
     """Whether the library is what was built: one that a crash or a full disk cut short would kill the process."""
     if not path.exists() or not _digest_path(path).exists():
         return False
-    return hashlib.sha256(path.read_bytes()).hexdigest() == _digest_path(path).read_text()
+    return hashlib.sha256(path.read_bytes()).hexdigest().encode() == _digest_path(path).read_bytes()
 
 
 def compiler() -> list[str]:
     """The command; it may have words, as in CXX="ccache g++". Raises BuildError if there is none."""
-    if chosen := shlex.split(os.environ.get("CXX", "")):
+    try:
+        chosen = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise BuildError(f"no C++ compiler: CXX is {os.environ['CXX']!r} ({error})", "unset CXX") from error
+    if chosen:
         if found := shutil.which(chosen[0]):
             return [found, *chosen[1:]]
         raise BuildError(f"no C++ compiler: CXX is {os.environ['CXX']!r}, which is no command", "unset CXX")

@@ -51,8 +51,9 @@ def atomic_directory(output: Path, *, error: type[ValueError], overwrite: bool =
         free = shutil.disk_usage(next(parent for parent in output.parents if parent.exists())).free
         message = f"{output} was not written, and what was there before is untouched: {cause}"
         if number in DISK_FULL:
+            reason = getattr(cause, "strerror", None) or os.strerror(number)
             message = (
-                f"{output} was not written, the disk is full: {os.strerror(number)}. It had grown to "
+                f"{output} was not written, the disk is full: {reason}. It had grown to "
                 f"{written / 1e6:,.1f} MB, which are removed again; what was there before is untouched. "
                 f"{free / 1e6:,.1f} MB are free on its file system (a quota or ulimit -f may allow less): make room, "
                 "or choose an output elsewhere"
@@ -93,6 +94,16 @@ def sha256_of(path: Path, progress: Callable[[int], object] = lambda _: None) ->
             digest.update(block)
             progress(len(block))
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[Path]:
+    """Adds the path to errors of the system that do not say where: those of writing to an open file."""
+    try:
+        yield path
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def sync(path: Path) -> None:

@@ -30,8 +30,9 @@ class Saver:
         self._pending: tuple[checkpoint.Save, dict[str, Any], str] | None = None
         self._began = self._stalled = 0.0  # when the pending save began, and for how long it has kept training waiting
         self._buffers: dict[tuple[str, int], Tensor] = {}
-        for path in checkpoint.clean(self.directory) if run.ranks.first else ():
-            log.warning("%s has no manifest, so it is no checkpoint; it was in the way and is set aside", path)
+        with run.ranks.together():
+            for path in checkpoint.clean(self.directory) if run.ranks.first else ():
+                log.warning("%s has no manifest, so it is no checkpoint; it was in the way and is set aside", path)
 
     def due_by_step(self) -> bool:
         every, step = self.run.config.checkpoint.every_steps, self.run.state.step
@@ -90,8 +91,11 @@ class Saver:
         stall, total = self._stalled + now - waited, now - self._began
         log.info("%s: training waited %.2f s, on disk after %.2f s", pending.target.name, stall, total)
         options = self.run.config.checkpoint
-        if self.run.ranks.first:
-            checkpoint.rotate(self.directory, keep_last=options.keep_last, keep_every_steps=options.keep_every_steps)
+        with self.run.ranks.together():
+            if self.run.ranks.first:
+                checkpoint.rotate(
+                    self.directory, keep_last=options.keep_last, keep_every_steps=options.keep_every_steps
+                )
 
     def close(self) -> None:
         """Gives up a save that nobody committed: the run is ending with an error."""

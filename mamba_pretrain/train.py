@@ -15,7 +15,9 @@ import json
 import logging
 import math
 import os
+import socket
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +33,10 @@ from mamba_pretrain.data.loader import Batch, batches
 from mamba_pretrain.data.packing import IGNORE
 from mamba_pretrain.distributed.engine import StepResult
 from mamba_pretrain.distributed.env import EXIT_PREEMPTED, Preemption, autocast, resolve_device
-from mamba_pretrain.distributed.ranks import connected, find_ranks
+from mamba_pretrain.distributed.ranks import Ranks, connected, find_ranks
 from mamba_pretrain.distributed.watch import SLOWLY, Watch
 from mamba_pretrain.evaluate.perplexity import evaluate_windows
+from mamba_pretrain.files import naming
 from mamba_pretrain.metrics import Sinks, append_ledger, mfu, peak_memory_gib
 from mamba_pretrain.model.flops import training_flops_per_token
 from mamba_pretrain.model.lm import LMOutput
@@ -71,14 +74,17 @@ def run(config: Config) -> int:
         with ranks.together():
             if ranks.first:
                 stack.enter_context(only_run_in(directory))
+        require_shared(directory, ranks)
         preemption = stack.enter_context(Preemption())
         watch = stack.enter_context(Watch(ranks, config.train.hang_minutes, directory, preemption))
         watch.beat(SLOWLY)
         this = build(config, ranks)
         watch.beat()
         config, state = this.config, this.state
-        if ranks.first:
-            config_module.save(config, directory / "config.yaml")
+        with ranks.together():
+            if ranks.first:
+                with naming(directory / "config.yaml") as path:
+                    config_module.save(config, path)
         log.info("from step %d to %d, %d tokens each", state.step, config.steps, config.train.batch_tokens)
         sinks = stack.enter_context(contextlib.closing(Sinks(config, directory, state.step, writes=ranks.first)))
         saver = stack.enter_context(contextlib.closing(Saver(this)))
@@ -271,7 +277,28 @@ def write_outcome(run: Run, outcome: str, why: str | None = None) -> None:
     """outcome.json tells how the last process ended, where a launcher swallows exit codes; absent after a failure."""
     if run.ranks.first:
         text = json.dumps({"outcome": outcome, "step": run.state.step, "why": why, "time": time.time()})
-        (run.directory / OUTCOME).write_text(text + "\n")
+        with naming(run.directory / OUTCOME) as path:
+            path.write_text(text + "\n")
+
+
+def require_shared(directory: Path, ranks: Ranks) -> None:
+    """Raises ConfigError where a rank does not see what rank 0 makes there: its first save would be in vain."""
+    path = directory / f"shared-{ranks.broadcast(uuid.uuid4().hex)}"
+    try:
+        with ranks.together():
+            if ranks.first:
+                path.touch()
+        with ranks.together():
+            if not path.exists():
+                raise ConfigError(
+                    [
+                        f"{directory} of rank {ranks.rank} on {socket.gethostname()} is another directory than rank "
+                        "0's: run_dir must lie on a file system that all ranks share"
+                    ]
+                )
+    finally:
+        if ranks.first:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

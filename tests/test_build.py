@@ -74,6 +74,22 @@ def test_other_kernels_are_said_whoever_chose_them(
     dispatch.select("auto")
 
 
+def test_another_runs_checkpoint_is_not_gone_on_from_beside_ones_own(
+    dataset: Path, finished: Path, tmp_path: Path
+) -> None:
+    """Its steps would be rotated away as the oldest, and end at one that is there."""
+    assert run(small_config(dataset, tmp_path / "run")) == 0
+    other = finished / "checkpoints/step_00000012"
+    with pytest.raises(CheckpointError, match=r"holds checkpoints up to step_00000012, and .* is none of them"):
+        build(small_config(dataset, tmp_path / "run", f"checkpoint.resume={other}"))
+
+
+def test_options_of_another_engine_are_said(dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build(small_config(dataset, tmp_path / "run", "zero.offload_optimizer=true"))
+    assert "options of zero are set, which train.engine=single does not read" in caplog.text
+    assert "options of fsdp" not in caplog.text
+
+
 def test_damaged_and_missing_shards_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "dataset")
     with pytest.raises(ShardError):

@@ -134,6 +134,17 @@ def test_a_full_disk_is_named_and_leaves_the_earlier_checkpoint(tmp_path: Path) 
     checkpoint.verify(tmp_path / "step_00000001")
 
 
+def test_a_file_that_another_rank_wrote_and_is_not_here_gets_no_manifest(tmp_path: Path) -> None:
+    """A network file system may show rank 0 an older state of the directory."""
+    written = {"model-00001-of-00002.safetensors": {"bytes": 5, "sha256": "0" * 64}}
+    for content, found in ((None, "no"), (b"123", "3")):
+        if content is not None:
+            (tmp_path / "model-00001-of-00002.safetensors").write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"has {found} bytes as rank 0 sees it, 5 were written"):
+            checkpoint._complete(tmp_path, Config(), {}, written)
+        assert not (tmp_path / checkpoint.MANIFEST).exists()
+
+
 def test_an_existing_checkpoint_is_replaced_only_when_asked(tmp_path: Path) -> None:
     save(tmp_path, 1)
     with pytest.raises(CheckpointError, match="exists"):

@@ -42,7 +42,7 @@ ROOMS = {  # a room may import itself and what is listed here; the longest match
     },
     "adopt": {"build", "checkpoint", "config", "data", "distributed.engine", "export", "pieces", "reading"},
     "saver": {"build", "checkpoint", "pieces"},
-    "train": {"build", "saver", "config", "data", "distributed", "evaluate", "metrics", "model", "optim"},
+    "train": {"build", "files", "saver", "config", "data", "distributed", "evaluate", "metrics", "model", "optim"},
     "doctor": {"ops", "compiled", "data.packing", "distributed.env"},
     "commands": {
         "adopt",

@@ -135,6 +135,11 @@ class Manifest:
         fields["version"] = cls.version
         manifest = from_json(cls, fields, str(path))
         assert isinstance(manifest, Manifest)
+        for split, info in manifest.splits.items():
+            if info.files.keys() != {f"{split}.bin", f"{split}.idx"}:
+                raise ShardError(
+                    f"{path}: the files of {split} are {sorted(info.files)}, expected its .bin and its .idx"
+                )
         return manifest
 
 

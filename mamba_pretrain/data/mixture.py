@@ -174,10 +174,6 @@ class Mixture:
                     found[k] += Fraction(n * stage.seq_len, stage.grid * self._shares[s][k].per_epoch)
         return found
 
-    def tokens_at(self, sample: int) -> int:
-        """Tokens of the run's first `sample` samples."""
-        return sum(sum(taken) * stage.seq_len for stage, taken in zip(self.stages, self.taken(sample), strict=True))
-
     def left_over(self, samples: int) -> list[int]:
         """Tokens of each source that a stage of shorter rows leaves of its last coarse row when it ends."""
         found = [0] * len(self.names)

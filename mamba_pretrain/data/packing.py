@@ -81,7 +81,7 @@ class Rows(Protocol):
     unread_tokens: int  # of the split, in no row
 
     def read(self, rows: NDArray[np.int64]) -> Block:
-        """The rows of these numbers (B,), each in range(n_rows).
+        """The rows of these numbers (B,), B at least 1, each in range(n_rows).
 
         Raises ShardError for a token outside the vocabulary: on the GPU it would be an illegal memory access without a
         name.

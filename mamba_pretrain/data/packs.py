@@ -3,14 +3,14 @@
 SPLIT.HOW-LENGTH.pack lies beside the shard it belongs to; little-endian, in this order:
 
     8 bytes   magic "MAMBPACK"
-    u32       version, 1
+    u32       version, 2
     u32       1 best_fit, 2 documents
     i64       tokens in a row, L
     i64       number of pieces p
     i64       number of rows r
     i64       tokens of the split that are in no row
     32 bytes  sha256 of the .idx that was packed
-    32 bytes  sha256 of the three sha256 of what follows
+    32 bytes  sha256 of the four numbers, and of the three sha256 of what follows
     i64[p]    first token of each piece, in the split
     i32[p]    tokens in each piece; negative where its document goes on after it
     i64[r+1]  row j is pieces rows[j] to rows[j + 1]
@@ -39,7 +39,7 @@ from mamba_pretrain.data.shards import BLOCK_BYTES, ShardError
 from mamba_pretrain.files import sync
 
 MAGIC: Final = b"MAMBPACK"
-VERSION: Final = 1
+VERSION: Final = 2  # 1 had no numbers in the sha256
 HOW: Final = {"best_fit": 1, "documents": 2}
 HEADER: Final = struct.Struct("<8sIIqqqq32s32s")
 
@@ -84,8 +84,10 @@ class Pack:
             raise ShardError(f"{self.path} does not exist: rows by {how} are laid out once, {again}")
         with self.path.open("rb") as stream:
             header = stream.read(HEADER.size)
-        if header[: len(MAGIC)] != MAGIC or len(header) < HEADER.size:
+        if header[: len(MAGIC)] != MAGIC:
             raise ShardError(f"{self.path} starts with {header[:8]!r}, not {MAGIC!r}: it is not a pack; {again}")
+        if len(header) < HEADER.size:
+            raise ShardError(f"{self.path} has {len(header)} bytes, less than its header: truncated; {again}")
         _, version, code, length, self.n_pieces, self.n_rows, self.unread_tokens, packed, self._sha256 = HEADER.unpack(
             header
         )
@@ -98,6 +100,8 @@ class Pack:
                 f"{self.path} belongs to an index with sha256 {packed.hex()[:12]}, {split}.idx has {idx_sha256[:12]}: "
                 f"the dataset was made again since; {again}"
             )
+        if min(self.n_pieces, self.n_rows, self.unread_tokens) < 0:
+            raise ShardError(f"{self.path} has a negative number in its header: it is damaged; {again}")
         found, expected = self.path.stat().st_size, HEADER.size + 12 * self.n_pieces + 8 * (self.n_rows + 1)
         self.n_bytes = found
         if found != expected:
@@ -152,7 +156,7 @@ class Pack:
         for digest, values in zip(digests, sections, strict=True):
             for first in range(0, len(values), BLOCK_BYTES // 8):
                 digest.update(values[first : first + BLOCK_BYTES // 8].tobytes())
-        if _combined(digests) != self._sha256:
+        if _combined(digests, self.seq_len, self.n_pieces, self.n_rows, self.unread_tokens) != self._sha256:
             again = command(self.directory, self.split, self.how, self.seq_len)
             yield f"{self.path} is not what was written, it has another sha256: run {again}"
 
@@ -189,7 +193,7 @@ def write_pack(
             assert written == n_pieces, f"{written} pieces, {n_pieces} announced"
             streams[0].seek(0)
             numbers = seq_len, n_pieces, n_rows, unread_tokens
-            sha256 = _combined(digests)
+            sha256 = _combined(digests, *numbers)
             streams[0].write(HEADER.pack(MAGIC, VERSION, HOW[how], *numbers, bytes.fromhex(idx_sha256), sha256))
         sync(scratch)
         scratch.rename(path)
@@ -199,5 +203,5 @@ def write_pack(
     return n_rows
 
 
-def _combined(digests: Iterable[hashlib._Hash]) -> bytes:
-    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).digest()
+def _combined(digests: Iterable[hashlib._Hash], *numbers: int) -> bytes:
+    return hashlib.sha256(struct.pack("<4q", *numbers) + b"".join(digest.digest() for digest in digests)).digest()

@@ -49,8 +49,8 @@ class _Numbers:
     Not mapped: a touch of a mapped file may map megabytes around it, which count as this process's memory.
     """
 
-    def __init__(self, stream: FileIO, offset: int) -> None:
-        self._stream, self._offset = stream, offset
+    def __init__(self, path: Path, stream: FileIO, offset: int, count: int) -> None:
+        self._path, self._stream, self._offset, self._count = path, stream, offset, count
         self._known: dict[int, int] = {}  # all searches begin with the same numbers
 
     def __getitem__(self, i: int) -> int:
@@ -65,7 +65,12 @@ class _Numbers:
         raise AssertionError("bisect is told the ends")
 
     def read(self, first: int, last: int) -> list[int]:
-        """Numbers [first, last)."""
+        """Numbers [first, last). Raises ShardError where there are none: a damaged index leads there."""
+        if not 0 <= first <= last <= self._count:
+            raise ShardError(
+                f"{self._path} leads to its entries {first:,} to {last:,} of {self._count:,}: the index is damaged, "
+                "see python -m data_prep.verify_shards"
+            )
         data = os.pread(self._stream.fileno(), 8 * (last - first), self._offset + 8 * first)
         return list(struct.unpack(f"<{last - first}q", data))
 
@@ -229,7 +234,8 @@ class Shard:
         """The byte offsets and the document index."""
         stream = self._idx.open("rb", buffering=0)
         offsets = HEADER.size + 4 * self.n_sequences
-        return _Numbers(stream, offsets), _Numbers(stream, offsets + 8 * self.n_sequences)
+        pointers = _Numbers(self._idx, stream, offsets, self.n_sequences)
+        return pointers, _Numbers(self._idx, stream, offsets + 8 * self.n_sequences, self.n_documents + 1)
 
     def document_edges(self, first: int, stop: int) -> NDArray[np.int64]:
         """Where documents [first, stop) begin, and where the last of them ends: (stop - first + 1,) token positions.

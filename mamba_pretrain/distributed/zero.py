@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -87,6 +88,7 @@ class ZeroEngine(AdamEngine):
         ranks: Ranks,
     ) -> None:
         super().__init__(config, ranks)
+        os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed asks for it, and srun sets no such name
         deepspeed = import_deepspeed(device)
         derived, self.stage = deepspeed_config(config, ranks.world), config.zero.stage
         if self.stage == 3:
@@ -186,6 +188,8 @@ def import_deepspeed(device: torch.device) -> Any:
         raise ImportError(
             "train.engine=zero needs deepspeed, which is not installed: pip install 'mamba-pretrain[deepspeed]'"
         ) from error
+    # Of its own calls, for each of them in each step.
+    warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of our optimizer, and of what we report ourselves
     if device.type == "cpu":
         # It would compile an operation for inference: minutes, and a kill then leaves a lock that hangs later runs.

@@ -17,6 +17,8 @@ from mamba_pretrain.plan.roofline import Assumptions, StepTime, step_time
 # the model's own error, as a part of the peak. Assumed.
 RESERVED_BYTES = 2 * 2**30
 MARGIN = 0.1
+MICRO_BATCHES = 64  # rows; larger ones are not tried
+NOT_OFFLOADED = {"zero.offload_optimizer": False, "zero.offload_parameters": False, "fsdp.offload": False}
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class Layout:
 
     @property
     def words(self) -> str:
-        return " ".join(f"{name}={str(value).lower()}" for name, value in self.options.items())
+        unsaid = (name for name, value in NOT_OFFLOADED.items() if self.options.get(name) == value)
+        shown = {name: self.options[name] for name in self.options.keys() - set(unsaid)}
+        return " ".join(f"{name}={str(shown[name]).lower()}" for name in self.options if name in shown)
 
     def to_json(self) -> dict[str, Any]:
         time = {**vars(self.time), "total": self.time.total}
@@ -60,10 +64,13 @@ def compare(config: Config, world: int, gpu: GPU, assume: Assumptions) -> list[L
     """
     problems = validate(_with(config, {"train.engine": "single" if world == 1 else "zero"}), world)
     if problems:
+        fitting = [str(n) for n in _divisors(config.sequences_per_step // world) if n <= MICRO_BATCHES]
+        if config.sequences_per_step % world == 0:
+            problems.append(f"train.micro_batch_size may be {', '.join(fitting)} on {world} GPUs")
         raise ConfigError(problems)
     return [
         _layout(config, engine | {"train.activation_checkpointing": again}, world, gpu, assume)
-        for engine in _engines(world, assume.gpus_per_node)
+        for engine in (_offloaded(config, engine) for engine in _engines(world, assume.gpus_per_node))
         for again in (False, True)
     ]
 
@@ -71,19 +78,14 @@ def compare(config: Config, world: int, gpu: GPU, assume: Assumptions) -> list[L
 def cheapest(config: Config, world: int, gpu: GPU, assume: Assumptions) -> Layout | None:
     """The fastest layout that fits, over all engines, group sizes and micro-batches; None if none does."""
     sequences = config.sequences_per_step // world
-    found = [
-        _layout(
-            config,
-            engine | {"train.activation_checkpointing": again, "train.micro_batch_size": micro_batch},
-            world,
-            gpu,
-            assume,
-        )
+    ways = [
+        {**NOT_OFFLOADED, **engine, "train.activation_checkpointing": again, "train.micro_batch_size": micro_batch}
         for engine in (*_engines(world, assume.gpus_per_node), *_rarer_engines(world))
         for again in (False, True)
         for micro_batch in _divisors(sequences)
-        if micro_batch <= 64
+        if micro_batch <= MICRO_BATCHES
     ]
+    found = [_layout(config, way, world, gpu, assume) for way in ways if not validate(_with(config, way), world)]
     return min(
         (layout for layout in found if layout.fits), key=lambda layout: (layout.time.total, layout.bytes), default=None
     )
@@ -100,6 +102,14 @@ def _engines(world: int, gpus_per_node: int) -> Iterator[dict[str, Any]]:
         yield {"train.engine": "fsdp", "fsdp.replicas": world // gpus_per_node}
 
 
+def _offloaded(config: Config, engine: dict[str, Any]) -> dict[str, Any]:
+    """With the configuration's offloading, as far as this engine and stage have it."""
+    names = {"fsdp": ["fsdp.offload"], "zero": ["zero.offload_optimizer"]}.get(engine["train.engine"], [])
+    names += ["zero.offload_parameters"] if engine.get("zero.stage") == 3 else []
+    wanted = {name: True for name in names if getattr(getattr(config, name.split(".")[0]), name.split(".")[1])}
+    return {**NOT_OFFLOADED, **engine, **wanted}
+
+
 def _rarer_engines(world: int) -> Iterator[dict[str, Any]]:
     if world == 1:
         yield {"train.engine": "zero", "zero.stage": 2, "zero.offload_optimizer": True}
@@ -114,7 +124,7 @@ def _rarer_engines(world: int) -> Iterator[dict[str, Any]]:
 
 def _layout(config: Config, options: dict[str, Any], world: int, gpu: GPU, assume: Assumptions) -> Layout:
     this = _with(config, options)
-    kernels = "triton" if this.train.kernels == "triton" else "cuda"
+    kernels = "triton" if this.train.kernels == "triton" else "cuda"  # the others are for CPUs, and not for GPUs
     moment, memory = peak(this, world, kernels)
     time = step_time(this, world, gpu, assume)
     seconds = time.total * this.steps

@@ -12,7 +12,7 @@ from pathlib import Path
 from mamba_pretrain.config import Config, ConfigError
 from mamba_pretrain.config.checks import did_you_mean
 from mamba_pretrain.plan.gpus import GPU, GPUS
-from mamba_pretrain.plan.layouts import MARGIN, RESERVED_BYTES, Layout, cheapest, compare
+from mamba_pretrain.plan.layouts import MARGIN, NOT_OFFLOADED, RESERVED_BYTES, Layout, cheapest, compare
 from mamba_pretrain.plan.memory import PARTS
 from mamba_pretrain.plan.roofline import Assumptions
 
@@ -121,6 +121,7 @@ def _label(layout: Layout) -> str:
     label = str(options["train.engine"])
     label += f" stage {options['zero.stage']}" if "zero.stage" in options else ""
     label += f" x {options['fsdp.replicas']} replicas" if options.get("fsdp.replicas", 1) > 1 else ""
+    label += ", offloading" if any(options.get(name) for name in NOT_OFFLOADED) else ""
     return label + (", recomputing" if options["train.activation_checkpointing"] else "")
 
 

@@ -5,13 +5,14 @@ The efficiencies are assumptions, none is a measurement: replace them by what a 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from mamba_pretrain.config import Config
 from mamba_pretrain.model.flops import forward_flops_by_part, parameters_by_part, training_flops_per_token
 from mamba_pretrain.plan.gpus import GPU
 from mamba_pretrain.plan.memory import shards
-from mamba_pretrain.plan.traffic import Collective, collectives
+from mamba_pretrain.plan.traffic import Collective, collectives, host_copies
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,13 @@ def step_time(config: Config, world: int, gpu: GPU, assume: Assumptions) -> Step
     products, passes = products / (tensor_cores * assume.matmul), passes / bandwidth
     busy = products + scan + passes
     sent = collectives(config, world)
-    hidden = sum(_seconds(c, gpu, assume) for c in sent if c.overlaps)
-    exposed = sum(_seconds(c, gpu, assume) for c in sent if not c.overlaps) + max(0, hidden - assume.overlap * busy)
+    # Where all GPUs are in one node, every group of them is.
+    per_node = assume.gpus_per_node if world > assume.gpus_per_node else world
+    hidden = sum(_seconds(c, gpu, assume, per_node) for c in sent if c.overlaps)
+    # A shard that lies in the CPU's memory goes up for every gathering, on another link than the gathering takes.
+    hidden += host_copies(config, world) / (gpu.host_bandwidth * assume.network)
+    exposed = sum(_seconds(c, gpu, assume, per_node) for c in sent if not c.overlaps)
+    exposed += max(0, hidden - assume.overlap * busy)
     flops = float(training_flops_per_token(model) * train.batch_tokens)
     total = busy + update + exposed
     return StepTime(
@@ -102,9 +108,11 @@ def step_time(config: Config, world: int, gpu: GPU, assume: Assumptions) -> Step
     )
 
 
-def _seconds(collective: Collective, gpu: GPU, assume: Assumptions) -> float:
-    """On rings through all adapters of a node. Ranks are numbered node by node."""
-    in_a_node = max(1, min(collective.ranks, assume.gpus_per_node // collective.stride))
+def _seconds(collective: Collective, gpu: GPU, assume: Assumptions, per_node: int) -> float:
+    """On rings through all adapters of a node. Ranks are numbered node by node; a group that does not divide a node
+    lies across two, somewhere."""
+    span = math.gcd(per_node, collective.ranks * collective.stride)
+    in_a_node = max(1, min(collective.ranks, span // collective.stride))
     bandwidth = gpu.peer_bandwidth
     if collective.ranks > in_a_node:
         bandwidth = min(bandwidth, in_a_node * gpu.network_bandwidth)

@@ -28,6 +28,16 @@ class Collective(NamedTuple):
         return RINGS[self.kind] * self.tensor_bytes * (self.ranks - 1) / self.ranks * self.times
 
 
+def host_copies(config: Config, world: int) -> float:
+    """Bytes of offloaded parameters that a rank copies to its GPU in one step; the optimizer's are not among them."""
+    p = 4 * sum(parameters_by_part(config.model).values()) / shards(config, world)
+    if config.train.engine == "fsdp" and config.fsdp.offload:
+        return p * config.accumulation(world) * (2 if config.fsdp.reshard_after_forward else 1)
+    if config.train.engine == "zero" and config.zero.stage == 3 and config.zero.offload_parameters:
+        return 2 * p * config.accumulation(world)
+    return 0.0
+
+
 def collectives(config: Config, world: int) -> list[Collective]:
     """What the engines exchange, all of it in fp32; norms and flags are left out."""
     micro_batches, engine, s = config.accumulation(world), config.train.engine, shards(config, world)

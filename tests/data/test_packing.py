@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import resource
 import tempfile
@@ -134,6 +135,44 @@ def test_an_index_that_runs_backwards_is_an_error(
         stream.write(np.array([20, 9, 15], "<i8").tobytes())
     with pytest.raises(ShardError, match="index is damaged"):
         Windows(shard, 26, 100).read(np.array([0]))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_damaged_token_that_is_no_label_is_the_next_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    """The token behind a row that begins a document is nobody's label there."""
+    if not compiled:
+        monkeypatch.setattr(packing, "compiled_reader", lambda: None)
+    rows = Windows(foreign_shard(tmp_path, [[1, 2, 3, 4], [999, 6, 7, 8, 9]], [0, 1, 2]), 4, 100)
+    assert rows.read(np.array([0])).labels.tolist() == [[2, 3, 4, IGNORE]]
+    with pytest.raises(ShardError, match="token id 999 at position 4"):
+        rows.read(np.array([1]))
+
+
+@pytest.mark.parametrize("entry", [-1, 1 << 40, 1 << 62])
+@pytest.mark.parametrize("which", ["offset", "document"])
+def test_a_searched_index_that_leads_nowhere_is_an_error_or_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str, entry: int
+) -> None:
+    """Of a damaged index rows may come out wrong where only verify_shards can tell, but never as another error."""
+    monkeypatch.setattr(shards, "RESIDENT", 0)
+    lengths = [3] * 64
+    shard_of(tmp_path, [[1, 2, 3]] * 64)
+    for document in range(1, 63):
+        with (tmp_path / "train.idx").open("rb+") as stream:
+            at = HEADER.size + 4 * len(lengths) + 8 * document + (8 * len(lengths) if which == "document" else 0)
+            stream.seek(at)
+            before = stream.read(8)
+            stream.seek(at)
+            stream.write(np.array([entry], "<i8").tobytes())
+        windows = Windows(Shard(tmp_path / "train"), 19, 100)
+        for row in range(windows.n_rows):
+            with contextlib.suppress(ShardError):
+                windows.read(np.array([row]))
+        with (tmp_path / "train.idx").open("rb+") as stream:
+            stream.seek(at)
+            stream.write(before)
 
 
 @pytest.mark.skipif(packing.compiled_reader() is None, reason="no C++ compiler")

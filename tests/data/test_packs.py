@@ -150,8 +150,9 @@ def test_a_pack_is_refused_that_does_not_belong_here(tmp_path: Path) -> None:
     for at, data, message in (
         (0, b"MAMB", ""),
         (0, b"NUMPY", "not a pack"),
-        (8, b"\x02", "version 2; this reader knows version 1 only"),
+        (8, b"\x03", "version 3; this reader knows version 2 only"),
         (12, b"\x02", "it was renamed"),
+        (40, b"\xff" * 8, "negative number"),
         (50, b"\x00\x01\x02\x03", "belongs to an index with sha256"),
         (len(good), b"more", "its header promises"),
     ):

@@ -244,6 +244,10 @@ def edit_manifest(dataset: Path, **fields: object) -> None:
         ({"colour": "red"}, r"unknown fields \['colour'\], missing \[\]"),
         ({"adds_bos": 1}, "adds_bos: 1 is not a bool"),
         ({"splits": {"train": {"tokens": 3}}}, "missing .*'documents'"),
+        (
+            {"splits": {"train": {"documents": 1, "tokens": 1, "text_bytes": 1, "words": 1, "files": {}}}},
+            "files of train are",
+        ),
     ],
 )
 def test_a_manifest_this_version_does_not_know_is_refused(

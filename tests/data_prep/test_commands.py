@@ -94,10 +94,27 @@ def test_inputs_that_are_set_apart_keep_their_split(tmp_path: Path) -> None:
     assert min(map(len, found.values())) > 0
 
 
+def test_what_lies_in_the_place_for_parts_and_is_not_of_a_build_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(5))
+    (tmp_path / "x.work").mkdir()
+    (tmp_path / "x.work" / "notes").write_text("kept")
+    assert build(corpus, tmp_path / "x") == 2
+    assert "x.work holds notes, which no build made" in capsys.readouterr().err
+    inside = write_jsonl(tmp_path / "x.work" / "corpus.jsonl", make_documents(5))
+    assert build(inside, tmp_path / "x") == 2
+    assert "x.work holds the input" in capsys.readouterr().err
+    assert (tmp_path / "x.work" / "notes").read_text() == "kept" and inside.exists()
+
+
 def test_a_dataset_of_inputs_that_are_all_set_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = (write_jsonl(tmp_path / f"{i}.jsonl", make_documents(5 + i)) for i in range(2))
     options = ["--tokenizer", "bytes", "--output", str(tmp_path / "data")]
-    assert build_shards.main([*options, "--split-files", f"train={one}", f"test={other}"]) == 0
+    words = ["--split-files", f"train={one}", "--split-files", f"test={other}"]
+    assert build_shards.main([*options, *words, "--split-fractions", "1", "0", "0"]) == 2
+    assert "--split-fractions are of INPUT, and there is none" in capsys.readouterr().err
+    assert build_shards.main([*options, *words]) == 0
     assert {name: split.documents for name, split in Manifest.read(tmp_path / "data").splits.items()} == {
         "train": 5,
         "test": 6,

@@ -103,9 +103,9 @@ def test_a_dataset_that_changes_in_between_begins_anew(
 
 
 def test_a_manifest_cannot_name_files_elsewhere(s3: Any, tmp_path: Path) -> None:
-    raw = s3.cat_file(f"{URL}/manifest.json").replace(b'"train.bin"', b'"../train.bin"')
+    raw = s3.cat_file(f"{URL}/manifest.json").replace(b'"tokenizer.bytes"', b'"../tokenizer.bytes"')
     s3.pipe_file(f"{URL}/manifest.json", raw)
-    with pytest.raises(FetchError, match=r"'../train.bin', which is not one of its directory"):
+    with pytest.raises(FetchError, match=r"'../tokenizer.bytes', which is not one of its directory"):
         copy_dataset(URL, tmp_path / "data")
 
 

@@ -73,7 +73,8 @@ def test_the_deepspeed_cli(dataset: Path, finished: Path, tmp_path: Path) -> Non
 
 
 def test_the_environment_of_srun(dataset: Path, finished: Path, tmp_path: Path) -> None:
-    words = train_words(dataset, tmp_path / "run", "train.engine=fsdp")
+    """With DeepSpeed, which asks for variables that srun does not set."""
+    words = train_words(dataset, tmp_path / "run", "train.engine=zero", "zero.stage=1")
     with contextlib.ExitStack() as stack:
         tasks = srun(stack, words, tmp_path, free_port())
         assert [task.wait() for task in tasks] == [0, 0], tasks[0].said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from mamba_pretrain.config import ConfigError
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.distributed import meeting
 from mamba_pretrain.distributed.ranks import ALONE, PeerError, Ranks, connected, find_ranks, first_host
+from mamba_pretrain.train import require_shared
 from tests.helpers.processes import free_port, in_processes, on_ranks
 
 TORCHRUN = {
@@ -192,6 +194,21 @@ def test_ranks_add_up_gather_and_fail_together() -> None:
     assert told[0]["peer"] == "rank 1 of 3 failed: no disk on 1"
     peer = "peer: rank 1 of 3 failed: no shard"
     assert [said["same"] for said in told] == [peer, "no shard", peer], "the same is said by the first that found it"
+
+
+def test_a_run_directory_that_is_not_shared_is_found_before_a_step(tmp_path: Path) -> None:
+    def work(ranks: Ranks, own: bool) -> str:
+        directory = tmp_path / (f"of {ranks.rank}" if own else "shared")
+        directory.mkdir(exist_ok=True)
+        try:
+            require_shared(directory, ranks)
+        except (ConfigError, PeerError) as error:
+            return str(error)
+        return "shared"
+
+    assert on_ranks(2, work, False) == ["shared"] * 2
+    assert all("of rank 1" in text and "that all ranks share" in text for text in on_ranks(2, work, True))
+    assert [path.name for directory in tmp_path.iterdir() for path in directory.iterdir()] == []
 
 
 def _meet(port: int, coming: list[int]) -> str:

@@ -126,7 +126,7 @@ def test_a_rank_that_cannot_write_ends_all_with_its_reason_and_nothing_is_left(d
     told = on_ranks(2, work)
     assert told[0][0] == "CheckpointError"
     assert told[1][0] == "PeerError"
-    assert all("rank 1" in text and "No space left on device" in text for _, text in told)
+    assert all("rank 1" in text and "No space left on device" in text and "MB are free" in text for _, text in told)
     assert found(tmp_path) == []
 
 

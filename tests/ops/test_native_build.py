@@ -51,6 +51,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty cache, in this process too, and nothing remembered of the library in use."""
     monkeypatch.setenv("MAMBA_PRETRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MAMBA_PRETRAIN_ISA", raising=False)
+    if shutil.which("g++"):
+        monkeypatch.setenv("CXX", quick_compiler(tmp_path))
     monkeypatch.setattr(native_build, "load", native_build.load.__wrapped__)
     return tmp_path / "cache"
 
@@ -181,6 +183,19 @@ def test_a_compiler_that_does_not_run_or_never_ends(
     with pytest.raises(BuildError, match="endless took more than 0.1 s"):
         native_build.load()
     assert [p.name for p in fresh.iterdir()] == ["lock"]
+
+
+def test_a_compiler_that_cannot_be_parsed_and_a_hash_that_cannot_be_read(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = native_build.library(native_build.isa()).path()
+    path.parent.mkdir()
+    path.write_bytes(b"not a library")
+    path.with_suffix(".sha256").write_bytes(b"\xff\xfe")
+    assert not compiled.is_whole(path)
+    monkeypatch.setenv("CXX", '"')
+    with pytest.raises(BuildError, match="CXX is '\"' .No closing quotation"):
+        native_build.load()
 
 
 def test_a_cache_that_cannot_be_written(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,12 @@ import pytest
 
 from mamba_pretrain.cli import main
 from mamba_pretrain.config import load
+from mamba_pretrain.model.flops import parameters_by_part
 from mamba_pretrain.plan.gpus import GPUS, peak_flops
 from mamba_pretrain.plan.layouts import cheapest, compare
 from mamba_pretrain.plan.memory import peak
-from mamba_pretrain.plan.roofline import Assumptions, step_time
+from mamba_pretrain.plan.roofline import Assumptions, _seconds, step_time
+from mamba_pretrain.plan.traffic import Collective, host_copies
 
 RECIPE = ["plan", "--config", "configs/pretrain/1.4b.yaml"]
 
@@ -98,6 +100,36 @@ def test_offloading_frees_the_gpu_and_costs_time() -> None:
     assert offloaded[1]["optimizer"] == 0 < stays[1]["optimizer"]
     assert sum(offloaded[1].values()) < sum(stays[1].values())
     assert offloaded[0].update > stays[0].update
+
+
+def test_what_is_offloaded_is_copied_for_every_gathering() -> None:
+    config = load(["configs/pretrain/2.8b.yaml"], ["train.engine=fsdp", "train.micro_batch_size=1"])
+    p = 4 * sum(parameters_by_part(config.model).values())
+    assert host_copies(config, 2) == 0
+    config.fsdp.offload = True
+    assert host_copies(config, 2) == 2 * config.accumulation(2) * p // 2
+    slow = dataclasses.replace(GPUS["a100"], host_bandwidth=1e9)
+    seconds = step_time(config, 2, slow, Assumptions(overlap=0.0)).exposed
+    config.fsdp.offload = False
+    assert seconds - step_time(config, 2, slow, Assumptions(overlap=0.0)).exposed == pytest.approx(
+        2 * config.accumulation(2) * p / 2 / (1e9 * Assumptions().network)
+    )
+
+
+def test_the_cheapest_layout_is_one_that_trains() -> None:
+    """With stages, whose rows a micro-batch must hold."""
+    stages = "data.stages=[{}, {from_tokens: 1e9, seq_len: 16384}]"
+    config = load(["configs/pretrain/130m.yaml"], [stages, "train.micro_batch_size=8", "data.path=x"])
+    best = cheapest(config, 8, GPUS["l40s"], Assumptions())
+    assert best is not None and best.options["train.micro_batch_size"] % 8 == 0
+
+
+def test_a_group_that_straddles_nodes_is_timed_by_the_network() -> None:
+    inside, across = (Collective("x", "all-gather", 2**30, ranks, 1, 1, False) for ranks in (4, 6))
+    gpu = GPUS["h100"]
+    assert _seconds(inside, gpu, Assumptions(), 8) == inside.sent / (gpu.peer_bandwidth * 0.7)
+    assert _seconds(across, gpu, Assumptions(), 8) == across.sent / (2 * gpu.network_bandwidth * 0.7)
+    assert _seconds(across, gpu, Assumptions(), 6) == across.sent / (gpu.peer_bandwidth * 0.7)
 
 
 def test_a_slow_network_favours_what_sends_least() -> None:

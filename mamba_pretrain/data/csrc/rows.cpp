@@ -58,7 +58,8 @@ INLINED int64_t windows(const Token* tokens, int64_t n_tokens, uint64_t limit, c
     for (int64_t b = 0; b < B; b++, out.ids += L, out.labels += L, out.seq_idx += L) {
         const int64_t start = rows[b] * L;
         if (rows[b] < 0 || start + L >= n_tokens) return b;
-        if (widen(tokens + start, L, true, out.ids, out.labels) >= limit) return b;
+        const bool goes_on = !std::binary_search(documents, documents + n, start + L);
+        if (widen(tokens + start, L, goes_on, out.ids, out.labels) >= limit) return b;
         int64_t column = 0;
         int32_t number = 0;
         for (auto next = std::upper_bound(documents, documents + n, start); next < documents + n; next++) {
