@@ -1,7 +1,8 @@
 """torchrun as production needs it: `python -m launch.torchrun [torchrun's options] -m launch.train ...`.
 
 Exit codes: 0 finished; 75 every rank of this host saved itself on a signal and left, or had not begun: start it again
-to go on; else the code of the first rank that failed, 1 where it was killed. torchrun itself says 1 to all of these.
+to go on; 2 the hosts cannot meet; else the code of the first rank that failed, 1 where it was killed. torchrun itself
+says 1 to all of these.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ if __name__ == "__main__":  # loading torch takes seconds, in which there is no 
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
             signal.signal(number, lambda *_: os._exit(os.EX_TEMPFAIL))
 
+from torch.distributed import DistNetworkError
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.agent.server.api import RunResult
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
 
 from mamba_pretrain.distributed.env import EXIT_PREEMPTED
@@ -90,6 +93,14 @@ def main(argv: Sequence[str]) -> int:
         calm = all(code in (0, EXIT_PREEMPTED, -error.sigval) for code in Agent.codes)
         print(f"launch.torchrun: {error.sigval.name}; the ranks ended with {Agent.codes}", file=sys.stderr)
         return EXIT_PREEMPTED if calm else 1
+    except (DistNetworkError, RendezvousError) as error:
+        reason = " ".join(str(error).split())[:300]
+        print(
+            f"launch.torchrun: the hosts cannot meet: {reason}. See that the address is right and that nothing else "
+            "listens at its port, perhaps an earlier run; or choose another --master-port or --rdzv-endpoint",
+            file=sys.stderr,
+        )
+        return 2
     except ChildFailedError as error:
         if preempted([failure.exitcode for failure in error.failures.values()]):
             return EXIT_PREEMPTED

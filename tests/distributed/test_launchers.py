@@ -88,6 +88,9 @@ def test_a_taken_port_ends_every_rank_with_a_message(dataset: Path, tmp_path: Pa
         tasks = srun(stack, words, tmp_path, port)
         assert [task.wait() for task in tasks] == [2, 2]
         assert all("another process listens there, perhaps an earlier run" in task.said for task in tasks)
+        start = [sys.executable, "-m", "launch.torchrun", "--nproc-per-node=1", f"--master-port={port}"]
+        launched = stack.enter_context(Launched([*start, "-m", "launch.train", *words], tmp_path / "log"))
+        assert launched.wait() == 2 and "the hosts cannot meet" in launched.said
 
 
 @pytest.mark.parametrize("who", ["launcher, SIGTERM", "rank 1, SIGUSR1", "deepspeed's rank 1, SIGUSR1"])
