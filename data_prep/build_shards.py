@@ -18,7 +18,7 @@ from typing import Any, Final
 from tqdm import tqdm
 
 from data_prep import pool
-from data_prep.command import new_parser, run
+from data_prep.command import available_cores, new_parser, run
 from data_prep.corpus import Corpus, add_split_arguments, chosen_rule, split_files
 from data_prep.merge import UselessError, merge, require_room
 from data_prep.parts import Counts, Failed, Progress, Task, finished, left_out, sweep, write_part
@@ -264,7 +264,7 @@ def parser() -> ArgumentParser:
     result.add_argument(
         "--processes",
         type=int,
-        default=len(os.sched_getaffinity(0)),
+        default=available_cores(),
         help="workers (default: as many as this process may use cores)",
     )
     result.add_argument(

@@ -7,7 +7,6 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
-import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from data_prep.command import new_parser, run
+from data_prep.command import available_cores, new_parser, run
 from data_prep.corpus import Corpus
 from data_prep.records import Unit
 from data_prep.streams import CorpusError
@@ -164,7 +163,7 @@ def parser() -> ArgumentParser:
     result.add_argument(
         "--hashes", type=int, default=8, help="per bucket (default: 8; with 14 buckets similarity 0.8 is found at 92%%)"
     )
-    result.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    result.add_argument("--workers", type=int, default=available_cores(), help="default: all cores")
     result.add_argument("--tasks", type=int, help=f"parts to divide the work into, at most {MAX_TASKS} (default)")
     return result
 

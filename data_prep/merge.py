@@ -17,7 +17,7 @@ from data_prep.duplicates import find_duplicates
 from data_prep.parts import Checked, Counts, rows_of
 from data_prep.plan import PLAN, Plan, planned_tokenizer, work_of
 from data_prep.store import RemoteStore, Store
-from data_prep.streams import CorpusError, is_url
+from data_prep.streams import CorpusError, as_os_errors, is_url
 from mamba_pretrain.data.manifest import MANIFEST, Manifest, Selection, SplitInfo
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import Tokenizer
@@ -182,7 +182,7 @@ def _target(output: str | Path, overwrite: bool, plan: Plan, parts: dict[int, Co
     store.remove(MANIFEST)
     itemsize = token_dtype(plan.tokenizer.vocab_size).itemsize
     documents, tokens = (sum(getattr(counts, name) for counts in parts.values()) for name in ("documents", "tokens"))
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, as_os_errors():  # those of streams that are open, too
         yield _Target(Path(scratch), store, max(tokens * itemsize, 20 * documents))
 
 

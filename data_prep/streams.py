@@ -19,6 +19,9 @@ from typing import IO, Any, Final
 
 import fsspec
 
+from mamba_pretrain.data.shards import ShardError
+from mamba_pretrain.data.tokenizer import TokenizerError
+
 CURE: Final = "pip install 'mamba-pretrain[{}]'"
 COMPRESSED: Final = (".gz", ".zst")
 HTTP: Final = ("http://", "https://")
@@ -125,7 +128,7 @@ def as_os_errors() -> Iterator[None]:
     """Each file system has errors of its own: all become OSError."""
     try:
         yield
-    except (OSError, CorpusError):
+    except (OSError, CorpusError, ShardError, TokenizerError):
         raise
     except Exception as error:
         raise OSError(f"{type(error).__name__}: {error}") from error
