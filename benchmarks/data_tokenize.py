@@ -25,6 +25,7 @@ from pathlib import Path
 from benchmarks.common import AT_LEAST, Figure, Report, Seconds, Task, ratio, take_turns
 from benchmarks.worker import Worker
 from data_prep.corpus import Corpus
+from data_prep.plan import MIN_UNIT_BYTES
 from mamba_pretrain.data.manifest import Manifest
 
 ROOT = Path(__file__).parent.parent
@@ -124,7 +125,9 @@ def trained_model(text: Text, pieces: int, cache: Path) -> Path:
 
 def command_of(way: str, tokenizer: Path, processes: int, text: Text, output: Path) -> list[str]:
     if way == OURS:
-        words = ["data_prep.build_shards", text.directory, "--tokenizer", tokenizer, "--output", output]
+        words: list[object] = ["data_prep.build_shards", text.directory, "--tokenizer", tokenizer, "--output", output]
+        if text.bytes < MIN_UNIT_BYTES * processes:  # else it starts fewer processes than the whole text has
+            words += ["--unit-bytes", max(file.stat().st_size for file in text.files)]
         return [sys.executable, "-m", *map(str, words), "--processes", str(processes)]
     words = [f"benchmarks.tokenize_{way}", tokenizer, processes, output, *text.files]
     return [sys.executable, "-m", *map(str, words)]

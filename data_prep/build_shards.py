@@ -277,7 +277,7 @@ def parser() -> ArgumentParser:
         "--unit-bytes",
         type=int,
         metavar="N",
-        help="input in a part, the least that is done again after a kill (default: 1/4096 of all, at least 8 MiB)",
+        help="input in a part, the least that is done again after a kill (default: 1/4096 of all, at least 2 MiB)",
     )
     return result
 

@@ -15,8 +15,7 @@ import json
 import os
 import struct
 import time
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b, sha256
 from typing import BinaryIO, Final
@@ -28,6 +27,7 @@ from data_prep.plan import Plan, name_of
 from data_prep.records import Document
 from data_prep.store import Store
 from data_prep.streams import CorpusError, UnreadableError
+from mamba_pretrain.data.encodings import Encodings, OutsideError
 from mamba_pretrain.data.manifest import from_json
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import Tokenizer, TokenizerError
@@ -95,7 +95,7 @@ class PartWriter:
         self._tokenizer, self._plan = tokenizer, plan
         self._splits = tuple(plan.split_rule.splits)
         self._dtype = token_dtype(tokenizer.vocab_size)
-        self._code = "H" if self._dtype.itemsize == 2 else "i"
+        self._encodings = Encodings(tokenizer, self._dtype)
         self._bos = np.array([tokenizer.bos_id] * plan.adds_bos, self._dtype).tobytes()
         self._eod = np.array([tokenizer.eod_id], self._dtype).tobytes()
         self._batch: list[tuple[Document, bytes]] = []
@@ -144,9 +144,10 @@ class PartWriter:
 
     def _encode(self) -> None:
         batch, self._batch, self._characters = self._batch, [], 0
-        encoded = self._tokenizer.encode_batch([document.text for document, _ in batch])
-        begins = [len(tokens) for _, tokens in self._buffers]
-        gives_back, rule, extra = self._tokenizer.gives_back, self._plan.split_rule, 1 + self._plan.adds_bos
+        # All of a batch before the rest: the tokenizer's tables, and then ours, stay in the core's caches.
+        encoded = list(self._tokenizer.encode_batch([document.text for document, _ in batch]))
+        store, count_words = self._encodings.store, self._encodings.words
+        rule, extra = self._plan.split_rule, 1 + self._plan.adds_bos
         n_tokens = n_bytes = split = 0
         for (document, utf8), ids in zip(batch, encoded, strict=True):
             length = len(ids) + extra
@@ -159,48 +160,20 @@ class PartWriter:
                 split = self._splits.index(split_of(utf8, self._source, rule))
             rows, tokens = self._buffers[split]
             try:
-                tokens += self._bos
-                tokens += self._bytes_of(ids)
-                tokens += self._eod
-                lossy = not gives_back(ids, utf8)
-            except (OverflowError, IndexError):
-                raise self._outside(document, ids) from None
-            digest = blake2b(utf8, digest_size=16).digest()
-            rows += PACK(digest, len(utf8), len(document.text.split()), length, split, lossy)
+                stored, exact = store(ids, utf8)
+            except OutsideError as error:
+                raise ShardError(f"{document.source}:{document.line}: {error}") from None
+            tokens += self._bos
+            tokens += stored.data
+            tokens += self._eod
+            rows += PACK(blake2b(utf8, digest_size=16).digest(), len(utf8), count_words(utf8), length, split, not exact)
             n_tokens += length
             n_bytes += len(utf8)
         self.counts.documents += len(batch)
         self.counts.tokens += n_tokens
         self.counts.text_bytes += n_bytes
-        self._require_known(batch, encoded, begins)
         if sum(len(tokens) for _, tokens in self._buffers) >= BUFFER_BYTES:
             self._write()
-
-    def _require_known(
-        self, batch: list[tuple[Document, bytes]], encoded: Sequence[Sequence[int]], begins: list[int]
-    ) -> None:
-        """One look at all new ids for the vocabulary, and at each document's only if there are others."""
-        for begin, (_, tokens) in zip(begins, self._buffers, strict=True):
-            new = np.frombuffer(tokens, self._dtype)[begin // self._dtype.itemsize :]
-            if new.size and (new.max() >= self._tokenizer.vocab_size or new.min() < 0):
-                raise next(
-                    self._outside(document, ids)
-                    for (document, _), ids in zip(batch, encoded, strict=True)
-                    if min(ids, default=0) < 0 or max(ids, default=0) >= self._tokenizer.vocab_size
-                )
-
-    def _bytes_of(self, ids: Sequence[int]) -> bytes | array[int]:
-        if isinstance(ids, bytes):
-            return np.frombuffer(ids, np.uint8).astype(self._dtype).tobytes()
-        return array(self._code, ids)
-
-    def _outside(self, document: Document, ids: Sequence[int]) -> ShardError:
-        size = self._tokenizer.vocab_size
-        wrong = next(i for i in ids if not 0 <= i < size)
-        return ShardError(
-            f"{document.source}:{document.line}: the tokenizer gives id {wrong}, its vocabulary has {size:,}: its file "
-            "is damaged, or of a version that the installed library does not know"
-        )
 
     def _write(self) -> None:
         for buffers in self._buffers:

@@ -30,7 +30,7 @@ PLAN: Final = "plan.json"
 PLAN_LOCK: Final = "plan.lock"
 LIBRARIES: Final = ("numpy", "sentencepiece", "tokenizers")
 OWN_NAME: Final = re.compile(rf"{re.escape(PLAN)}|\w[\w-]*\.lock|(tokenizer\w*|\d{{6}})\.\w+|.+{re.escape(DRAFT)}.+")
-MIN_UNIT_BYTES: Final = 8 << 20
+MIN_UNIT_BYTES: Final = 2 << 20  # so that the processes end together
 MAX_UNITS: Final = 1000  # small files in a part
 MAX_PARTS: Final = 4096  # about so many, whatever the corpus: a few thousand files are no burden to a file system
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mamba_pretrain import compiled
-from mamba_pretrain.data import packing
+from mamba_pretrain.data import encodings, packing
 from mamba_pretrain.distributed.env import bf16_is_native
 from mamba_pretrain.ops import dispatch
 from mamba_pretrain.ops.backends import native_build
@@ -156,6 +156,7 @@ def _cpu() -> dict[str, Any]:
         "compiler": _or_reason(lambda: _first_line([*compiled.compiler(), "--version"])),
         "native kernels": _or_reason(lambda: _library(native_build.library(native_build.isa()))),
         "row reader": _or_reason(lambda: _library(packing.LIBRARY)),
+        "encodings": _or_reason(lambda: _library(encodings.LIBRARY)),
     }
 
 

@@ -43,7 +43,7 @@ ROOMS = {  # a room may import itself and what is listed here; the longest match
     "adopt": {"build", "checkpoint", "config", "data", "distributed.engine", "export", "pieces", "reading"},
     "saver": {"build", "checkpoint", "pieces"},
     "train": {"build", "files", "saver", "config", "data", "distributed", "evaluate", "metrics", "model", "optim"},
-    "doctor": {"ops", "compiled", "data.packing", "distributed.env"},
+    "doctor": {"ops", "compiled", "data.encodings", "data.packing", "distributed.env"},
     "commands": {
         "adopt",
         "train",
@@ -78,6 +78,7 @@ ROOMS = {  # a room may import itself and what is listed here; the longest match
     },
     "data_prep": {
         "data.dataset",
+        "data.encodings",
         "data.manifest",
         "data.scan",
         "data.packs",

@@ -7,9 +7,11 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from data_prep import build_shards, merge_shards, parts
@@ -20,7 +22,7 @@ from data_prep.streams import CorpusError
 from mamba_pretrain.data.dataset import verify
 from mamba_pretrain.data.manifest import Manifest
 from mamba_pretrain.data.shards import ShardError
-from mamba_pretrain.data.tokenizer import BytesTokenizer
+from mamba_pretrain.data.tokenizer import BytesTokenizer, Ids
 from tests.helpers.corpora import make_documents, write_jsonl
 
 RULE = split_rule((0.7, 0.2, 0.1), seed=0)
@@ -275,11 +277,8 @@ class Wide(BytesTokenizer):
 
 
 class Wrong(BytesTokenizer):
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:  # type: ignore[override]
-        return [[1, self.wrong] if "5:" in text else [1] for text in texts]
-
-    def gives_back(self, ids: object, utf8: bytes) -> bool:
-        return False
+    def encode_batch(self, texts: list[str]) -> Iterator[Ids]:
+        return (np.array([1, self.wrong] if "5:" in text else [1], np.int32) for text in texts)
 
     wrong = 300
 
