@@ -151,6 +151,7 @@ def minimum(config: Config, world: int) -> float:
     Stage 1 keeps whole gradients over the micro-batches; 2 and 3 keep only a part, so each micro-batch's must travel.
     Where parameters are sharded they are gathered for the forward and for the backward; those used at the forward's end
     and the backward's beginning (embedding, head, last norm) once. FSDP2 keeps whole gradients over micro-batches.
+    ZeRO-3 sends less: it keeps its last two blocks gathered, too.
     """
     parts, micro_batches = parameters_by_part(config.model), config.accumulation(world)
     whole = 4 * sum(parts.values())

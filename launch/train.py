@@ -5,7 +5,8 @@ import sys
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from mamba_pretrain.cli import main
+from mamba_pretrain.distributed.ranks import leave
 
 if __name__ == "__main__":
     # record: torchrun's summary of a failure then shows the traceback of the rank that failed first
-    sys.exit(record(main)(["train", *sys.argv[1:]]))
+    leave(record(main)(["train", *sys.argv[1:]]) or 0)

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mamba_pretrain import commands
 from mamba_pretrain.checkpoint import CheckpointError
@@ -17,7 +17,7 @@ from mamba_pretrain.data.loader import LoaderError
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import TokenizerError
 from mamba_pretrain.distributed.env import EXIT_PREEMPTED
-from mamba_pretrain.distributed.ranks import PeerError, find_ranks, lost_contact
+from mamba_pretrain.distributed.ranks import PeerError, find_ranks, leave, lost_contact
 from mamba_pretrain.evaluate.perplexity import EvaluationError
 from mamba_pretrain.evaluate.report import ReportError
 from mamba_pretrain.export.formats import FormatError
@@ -290,5 +290,9 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
+def command() -> NoReturn:
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -76,9 +76,8 @@ def test_a_killed_run_resumes_bit_equal(dataset: Path, finished: Path, tmp_path:
     assert_same_run(directory, finished)
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_leaves_with_its_own_exit_code(
     dataset: Path, finished: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

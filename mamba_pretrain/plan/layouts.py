@@ -57,16 +57,23 @@ class Layout:
         }
 
 
+def divided(config: Config, world: int) -> Config:
+    """With the largest micro-batch, up to the configuration's own, that divides the batch on `world` GPUs, if any."""
+    engine = {"train.engine": "single" if world == 1 else "zero"}
+    for rows in reversed(_divisors(config.sequences_per_step // world) if config.sequences_per_step >= world else []):
+        fitting = _with(config, {"train.micro_batch_size": rows})
+        if rows <= config.train.micro_batch_size and not validate(_with(fitting, engine), world):
+            return fitting
+    return config
+
+
 def compare(config: Config, world: int, gpu: GPU, assume: Assumptions) -> list[Layout]:
     """Every engine and stage, with and without checkpointing, at the configuration's micro-batch.
 
-    Raises ConfigError where the batch cannot be divided so.
+    Raises ConfigError where the batch cannot be divided so: `divided` makes it.
     """
     problems = validate(_with(config, {"train.engine": "single" if world == 1 else "zero"}), world)
     if problems:
-        fitting = [str(n) for n in _divisors(config.sequences_per_step // world) if n <= MICRO_BATCHES]
-        if config.sequences_per_step % world == 0:
-            problems.append(f"train.micro_batch_size may be {', '.join(fitting)} on {world} GPUs")
         raise ConfigError(problems)
     return [
         _layout(config, engine | {"train.activation_checkpointing": again}, world, gpu, assume)

@@ -12,7 +12,7 @@ from pathlib import Path
 from mamba_pretrain.config import Config, ConfigError
 from mamba_pretrain.config.checks import did_you_mean
 from mamba_pretrain.plan.gpus import GPU, GPUS
-from mamba_pretrain.plan.layouts import MARGIN, NOT_OFFLOADED, RESERVED_BYTES, Layout, cheapest, compare
+from mamba_pretrain.plan.layouts import MARGIN, NOT_OFFLOADED, RESERVED_BYTES, Layout, cheapest, compare, divided
 from mamba_pretrain.plan.memory import PARTS
 from mamba_pretrain.plan.roofline import Assumptions
 
@@ -46,7 +46,7 @@ def plan(config: Config, arguments: argparse.Namespace) -> str:
         problems.append("model.vocab_size is not set, and there is no dataset here to take it from")
     if problems:
         raise ConfigError(problems)
-    gpu = GPUS[gpu_name]
+    gpu, config = GPUS[gpu_name], divided(configured := config, world)
     layouts, best = compare(config, world, gpu, assume), cheapest(config, world, gpu, assume)
     if json_file is not None:
         figures = {
@@ -57,7 +57,10 @@ def plan(config: Config, arguments: argparse.Namespace) -> str:
             "cheapest": best.to_json() if best else None,
         }
         json_file.write_text(json.dumps(figures, indent=1) + "\n")
-    return _text(config, world, gpu_name, gpu, assume, layouts, best)
+    text = _text(config, world, gpu_name, gpu, assume, layouts, best)
+    if (wanted := configured.train.micro_batch_size) != config.train.micro_batch_size:
+        text += f"\nThe configured micro-batch of {wanted} does not divide the batch on {world} GPUs."
+    return text
 
 
 def _fractions(words: Sequence[str], problems: list[str]) -> dict[str, float]:

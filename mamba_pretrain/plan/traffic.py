@@ -52,9 +52,10 @@ def collectives(config: Config, world: int) -> list[Collective]:
             Collective("gradients", "reduce-scatter", p, world, 1, times, False),
             Collective("parameters", "all-gather", p, world, 1, 1, False),
         ]
-    root, _ = root_and_block(config)
+    root, block = root_and_block(config)
     if engine == "zero":
-        kept = root + zero3_keeps(config, world)
+        # The block before those that are kept is not freed either: the prefetcher, looking ahead, finds it gathered.
+        kept = min(p, root + zero3_keeps(config, world) + block)
         found = [
             Collective("parameters", "all-gather", p, world, 1, micro_batches, True),
             Collective("parameters again", "all-gather", p - kept, world, 1, micro_batches, True),

@@ -146,6 +146,7 @@ def test_a_damaged_token_is_named_even_by_a_worker(dataset: WindowDataset, worke
         take(small, 1, workers=workers)
 
 
+@pytest.mark.slow
 def test_a_loader_process_that_ends_is_one_message(dataset: WindowDataset) -> None:
     others = {*multiprocessing.active_children()}  # of iterators that nothing has collected yet
     running = batches(dataset, micro_batch_size=1, first_sample=0, rank=0, world=1, workers=1)
@@ -174,7 +175,7 @@ print("finished", flush=True)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_to_the_whole_group_is_the_parents_alone(tmp_path: Path, number: signal.Signals) -> None:
     """As from a terminal or Slurm: workers stay, the parent finishes its step, and the iterator still alive at exit
     does not keep the interpreter from leaving."""

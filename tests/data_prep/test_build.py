@@ -95,6 +95,7 @@ def test_the_manifest_names_what_decides_the_content(inputs: list[Path], tmp_pat
     assert Manifest.read(tmp_path / "data").command == [*expected.split(), "--drop-duplicates"]
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_touch_of_the_disk_loses_nothing(
     inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

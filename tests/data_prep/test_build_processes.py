@@ -92,6 +92,7 @@ def test_kills_of_the_parent_during_parts_and_merge(corpus: Path, expected: dict
     assert list(output.parent.iterdir()) == [output]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_named_with_its_file_and_the_rest_goes_on(
     corpus: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -149,7 +149,10 @@ def hang_with_python_locked() -> None:
 
 @pytest.mark.parametrize(
     ("hang", "code"),
-    [(hang_asleep, EXIT_HUNG), pytest.param(hang_with_python_locked, 1, marks=pytest.mark.slow)],
+    [
+        pytest.param(hang_asleep, EXIT_HUNG, marks=pytest.mark.slow),
+        pytest.param(hang_with_python_locked, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_all(
     hang: Callable[[], None], code: int, dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]

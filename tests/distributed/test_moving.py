@@ -89,7 +89,7 @@ def saved(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     return saved_by
 
 
-FAST = [("fsdp-2", "zero-2"), ("zero-3", "single"), ("single", "zero-3-of-4")]
+FAST = [("fsdp-2", "zero-2"), ("zero-3", "single")]
 
 
 @pytest.mark.parametrize(("source", "target"), slow_but(FAST, MOVES), ids=lambda name: name)

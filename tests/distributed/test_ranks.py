@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from mamba_pretrain.distributed import meeting
 from mamba_pretrain.distributed.ranks import ALONE, PeerError, Ranks, connected, find_ranks, first_host
 from mamba_pretrain.train import require_shared
 from tests.helpers.processes import free_port, in_processes, on_ranks
+from tests.helpers.runs import ROOT
 
 TORCHRUN = {
     "RANK": "5",
@@ -240,6 +243,27 @@ def test_a_taken_meeting_point_ends_every_rank_soon(listener: str, monkeypatch: 
     del taken
 
 
+@pytest.mark.slow
+def test_a_rank_leaves_with_its_own_code_though_a_thread_of_gloo_still_waits_for_python() -> None:
+    """Which would abort it: `sys.exit(75)` in the last line ends this script with SIGABRT."""
+    script = (
+        "import atexit, sys, time, torch, torch.distributed as dist\n"
+        "from mamba_pretrain.distributed.ranks import leave\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "group = dist.group.WORLD\n"
+        "sys.setswitchinterval(1000)  # the thread waits until this one waits for something\n"
+        "dist.all_reduce(torch.ones(1), async_op=True)\n"
+        "end = time.perf_counter() + 0.3\n"
+        "while time.perf_counter() < end: pass\n"
+        "atexit.register(print, 'at exit')\n"
+        "print('said', end=' ')\n"
+        "leave(75)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (75, "said at exit\n"), done.stderr
+
+
+@pytest.mark.slow
 def test_a_rank_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "CONNECT", timedelta(seconds=3))
     said = in_processes(4, _meet, free_port(), [0, 2], timeout_s=60)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -54,6 +54,25 @@ class Curve:
     skipped: list[int] = field(default_factory=list)  # steps
     weights: dict[str, Tensor] = field(default_factory=dict)
     targets: list[list[int]] = field(default_factory=list)  # by step, by rank
+
+    def apart(self, expected: Curve) -> Apart:
+        assert self.weights.keys() == expected.weights.keys()
+        return Apart(
+            max(abs(a / b - 1) for a, b in zip(self.losses, expected.losses, strict=True)),
+            max(abs(a / b - 1) for a, b in zip(self.norms, expected.norms, strict=True)),
+            max(relative(self.weights[name], whole) for name, whole in expected.weights.items()),
+        )
+
+
+class Apart(NamedTuple):
+    """The largest relative differences; a test that prints them shows them with `pytest -rP`."""
+
+    losses: float
+    norms: float
+    weights: float
+
+    def __str__(self) -> str:
+        return f"losses {self.losses:.1e}, norms {self.norms:.1e}, weights {self.weights:.1e} apart"
 
 
 def train(

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def resident_peak(ranks: Ranks, config: Config) -> int:
     return peak - before
 
 
-def _two_steps(ranks: Ranks, config: Config, fake: bool = False) -> None:
+def _two_steps(ranks: Ranks, config: Config, fake: bool = False, at_step: Callable[[], object] = lambda: None) -> None:
     def make_model() -> MambaLM:
         model = MambaLM(config.model)
         model.backbone.activation_checkpointing = config.train.activation_checkpointing
@@ -141,6 +142,7 @@ def _two_steps(ranks: Ranks, config: Config, fake: bool = False) -> None:
     ids, seq_idx = torch.ones(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int32)
     micro_batches = config.accumulation(ranks.world)
     for _ in range(2):
+        at_step()
         for i in range(micro_batches):
             with autocast(config.train.precision, CPU, cache=False):
                 loss = engine.module(ids, ids.clone(), seq_idx, return_state=False).loss_sum / config.train.batch_tokens
@@ -160,10 +162,11 @@ def _status(name: str) -> int:
 
 
 def counted_collectives(ranks: Ranks, config: Config) -> dict[str, int]:
-    """Bytes of the tensors that each kind of collective moves in two steps."""
+    """Bytes of the tensors that each kind of collective moves in the second step: in the first, ZeRO-3 learns the
+    order of use."""
     counter = _Collectives()
     with counter:
-        _two_steps(ranks, config)
+        _two_steps(ranks, config, at_step=counter.bytes.clear)
     return counter.bytes
 
 

@@ -27,7 +27,7 @@ slow = pytest.mark.slow
     [
         ("single", "small", 2, []),
         ("zero-2", "small", 2, []),
-        ("zero-3", "small", 1, [AGAIN]),
+        pytest.param("zero-3", "small", 1, [AGAIN], marks=slow),
         ("fsdp", "small", 2, [AGAIN]),
         *(
             pytest.param(engine, size, micro_batches, options, marks=slow)

@@ -61,6 +61,17 @@ def test_what_cannot_be_planned_is_refused(words: list[str], reason: str, capsys
     assert reason in capsys.readouterr().err
 
 
+def test_a_micro_batch_that_does_not_divide_is_lowered_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--config", "configs/pretrain/130m.yaml", "--gpus", "16"]
+    assert main([*words, "train.micro_batch_size=32"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "micro-batch 16: " in said and "The configured micro-batch of 32 does not divide the batch on 16 GPUs" in said
+    )
+    assert main([*words, "train.micro_batch_size=4"]) == 0
+    assert "does not divide" not in capsys.readouterr().out
+
+
 def test_an_unknown_gpu_has_no_peak() -> None:
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12

@@ -29,8 +29,8 @@ def config_of(engine: str, world: int, micro_batches: int, *options: str) -> Con
         ("zero-1", 4, 2 * WHOLE * 3 // 4),
         # Reduce for each of 3 micro-batches, gather once.
         ("zero-2", 4, (3 + 1) * WHOLE * 3 // 4),
-        # Gathered twice a micro-batch but for the embedding and the last block, which stay; scattered each time.
-        ("zero-3", 4, 3 * (3 * WHOLE - ROOT - BLOCKS // 4) * 3 // 4),
+        # Gathered twice a micro-batch but for the embedding and the last two blocks, which stay; scattered each time.
+        ("zero-3", 4, 3 * (3 * WHOLE - ROOT - BLOCKS // 2) * 3 // 4),
         # Embedding once, blocks twice a micro-batch; scattered once.
         ("fsdp", 4, (3 * (ROOT + 2 * BLOCKS) + WHOLE) * 3 // 4),
         # The same within pairs, and an all-reduce of each half between the two pairs.
@@ -52,8 +52,7 @@ def test_the_engines_move_what_the_formula_says(engine: str) -> None:
     config = config_of(engine, world, 2)
     due: dict[str, int] = {}
     for c in collectives(config, world):
-        due[c.kind] = due.get(c.kind, 0) + 2 * c.tensor_bytes * c.times  # two steps
+        due[c.kind] = due.get(c.kind, 0) + c.tensor_bytes * c.times
     found = on_ranks(world, counted_collectives, config)[0]
     for kind, moved in due.items():
-        # Shards are padded; ZeRO-3 keeps nothing for the backward in its first step, where it learns the order.
-        assert found[kind] == pytest.approx(moved, rel=0.3 if engine == "zero-3" else 0.01), kind
+        assert found[kind] == pytest.approx(moved, rel=0.01), kind  # shards are padded
