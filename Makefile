@@ -10,13 +10,13 @@ quickstart: $(INSTALLED)  ## corpus to trained, evaluated, exported model on thi
 	$(BIN)/python -m launch.quickstart
 
 test: $(INSTALLED)  ## the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
 check: $(INSTALLED)  ## lint, types, layering, fast tests: before each commit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m "not slow"
 
 bench: $(INSTALLED)  ## speed and memory beside the peers, on an idle machine; fails if a goal is missed
 	$(BIN)/python -m benchmarks.all --check --json runs/bench

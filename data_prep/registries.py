@@ -6,7 +6,7 @@ over as bytes: no path that an archive holds ever reaches the disk.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import io
 import os
 import shutil
@@ -85,7 +85,7 @@ def _command(package: Package, scratch: Path) -> list[str]:
 
 def _run(package: Package, command: list[str], directory: Path) -> None:
     client = package.client
-    if not (importlib.util.find_spec("pip") if client == "pip" else shutil.which(client)):
+    if not (_has_pip() if client == "pip" else shutil.which(client)):
         raise FetchError(f"{package} is fetched with {client}, which is not installed here; {INSTALL[client]}")
     done = subprocess.run(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
@@ -95,6 +95,15 @@ def _run(package: Package, command: list[str], directory: Path) -> None:
             "reached from here, or is down, run the same command again later: it goes on with what it has. "
             + ("If apt-get does not know the package, run `apt-get update` first" if client == "apt-get" else "")
         )
+
+
+def _has_pip() -> bool:
+    # importlib.util.find_spec("pip") would keep setuptools from being imported in this process ever after.
+    try:
+        importlib.metadata.version("pip")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def members(archive: Path, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[str, bytes]]:

@@ -85,27 +85,38 @@ def main(argv: Sequence[str]) -> int:
     for number in SIGNALS:  # torchrun's own handlers come with the first rank; before that a signal would kill it
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _raise)
+    caught: Exception | None = None
     try:
         torchrun.run(arguments)  # type: ignore[no-untyped-call]
-    except SignalException as error:
-        if all(code == 0 for code in Agent.codes) and Agent.codes:
-            return 0
-        calm = all(code in (0, EXIT_PREEMPTED, -error.sigval) for code in Agent.codes)
-        print(f"launch.torchrun: {error.sigval.name}; the ranks ended with {Agent.codes}", file=sys.stderr)
-        return EXIT_PREEMPTED if calm else 1
-    except (DistNetworkError, RendezvousError) as error:
-        reason = " ".join(str(error).split())[:300]
-        print(
-            f"launch.torchrun: the hosts cannot meet: {reason}. See that the address is right and that nothing else "
-            "listens at its port, perhaps an earlier run; or choose another --master-port or --rdzv-endpoint",
-            file=sys.stderr,
-        )
-        return 2
-    except ChildFailedError as error:
-        if preempted([failure.exitcode for failure in error.failures.values()]):
-            return EXIT_PREEMPTED
-        print(error, file=sys.stderr)
-        return max(1, error.get_first_failure()[1].exitcode)
+    except (SignalException, DistNetworkError, RendezvousError, ChildFailedError) as error:
+        caught = error
+    for number in SIGNALS:  # what comes now, as schedulers signal more than once, can only spoil the exit code
+        signal.signal(number, signal.SIG_IGN)
+    return _code(caught)
+
+
+def _code(error: Exception | None) -> int:
+    """The exit code of what torchrun ended with, and a line that explains it."""
+    match error:
+        case SignalException():
+            if all(code == 0 for code in Agent.codes) and Agent.codes:
+                return 0
+            calm = all(code in (0, EXIT_PREEMPTED, -error.sigval) for code in Agent.codes)
+            print(f"launch.torchrun: {error.sigval.name}; the ranks ended with {Agent.codes}", file=sys.stderr)
+            return EXIT_PREEMPTED if calm else 1
+        case DistNetworkError() | RendezvousError():
+            reason = " ".join(str(error).split())[:300]
+            print(
+                f"launch.torchrun: the hosts cannot meet: {reason}. See that the address is right and that nothing "
+                "else listens at its port, perhaps an earlier run; or choose another --master-port or --rdzv-endpoint",
+                file=sys.stderr,
+            )
+            return 2
+        case ChildFailedError():
+            if preempted([failure.exitcode for failure in error.failures.values()]):
+                return EXIT_PREEMPTED
+            print(error, file=sys.stderr)
+            return max(1, error.get_first_failure()[1].exitcode)
     return 0
 
 

@@ -5,7 +5,7 @@ import sys
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from mamba_pretrain.cli import main
-from mamba_pretrain.distributed.ranks import leave
+from mamba_pretrain.distributed.env import leave
 
 if __name__ == "__main__":
     # record: torchrun's summary of a failure then shows the traceback of the rank that failed first

@@ -16,8 +16,8 @@ from mamba_pretrain.config import PRECISIONS, ConfigError
 from mamba_pretrain.data.loader import LoaderError
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import TokenizerError
-from mamba_pretrain.distributed.env import EXIT_PREEMPTED
-from mamba_pretrain.distributed.ranks import PeerError, find_ranks, leave, lost_contact
+from mamba_pretrain.distributed.env import EXIT_PREEMPTED, leave
+from mamba_pretrain.distributed.ranks import PeerError, find_ranks, lost_contact
 from mamba_pretrain.evaluate.perplexity import EvaluationError
 from mamba_pretrain.evaluate.report import ReportError
 from mamba_pretrain.export.formats import FormatError

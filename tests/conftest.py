@@ -31,3 +31,15 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("runs") / "finished"
     assert run(small_config(dataset, directory)) == 0
     return directory
+
+
+# The files that take longest, those first: no worker is then long alone at the end (with --no-loadscope-reorder).
+LONGEST = [
+    *("distributed/test_two_hosts", "plan/test_memory", "test_readme", "distributed/test_launchers"),
+    *("distributed/test_engines", "benchmarks/test_scripts", "distributed/test_moving", "distributed/test_faults"),
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"tests/{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.location[0], len(order)))

@@ -5,16 +5,14 @@ All talk here is small and on the CPU (gloo): counts, flags, names. Tensors trav
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import re
 import socket
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -166,22 +164,6 @@ def connected(ranks: Ranks, device: torch.device) -> Iterator[None]:
     # Neither after an error: they would wait for ranks that wait for this one.
     ranks.sum(0)  # no rank's sockets close while another still talks
     dist.destroy_process_group()
-
-
-def leave(code: int) -> NoReturn:
-    """Ends a process that may have been connected: as sys.exit does, but without the interpreter's finalization.
-
-    gloo's threads need the interpreter to drop the tensors of an exchange, some time after it. One that comes to it
-    during the finalization aborts the process, and a preemption looks like a failure (seen in one of seven runs of two
-    ranks on busy cores, PyTorch 2.13).
-    """
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):  # nobody reads it any more, or its disk is full
-            code = code or 120  # as Python itself says it
-    os._exit(code)
 
 
 def lost_contact(error: BaseException) -> bool:

@@ -248,7 +248,7 @@ def test_a_rank_leaves_with_its_own_code_though_a_thread_of_gloo_still_waits_for
     """Which would abort it: `sys.exit(75)` in the last line ends this script with SIGABRT."""
     script = (
         "import atexit, sys, time, torch, torch.distributed as dist\n"
-        "from mamba_pretrain.distributed.ranks import leave\n"
+        "from mamba_pretrain.distributed.env import leave\n"
         "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
         "group = dist.group.WORLD\n"
         "sys.setswitchinterval(1000)  # the thread waits until this one waits for something\n"
@@ -257,6 +257,7 @@ def test_a_rank_leaves_with_its_own_code_though_a_thread_of_gloo_still_waits_for
         "while time.perf_counter() < end: pass\n"
         "atexit.register(print, 'at exit')\n"
         "print('said', end=' ')\n"
+        "import os, signal; atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
         "leave(75)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
