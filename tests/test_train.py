@@ -59,6 +59,7 @@ def test_stopping_and_resuming_is_bit_equal_to_going_on(
     assert all(torch.equal(last[0][k], last[1][k]) for k in last[0])
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_equal(dataset: Path, finished: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     # The seventh step kills the process without a warning: three steps after the last checkpoint.

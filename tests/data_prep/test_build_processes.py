@@ -72,6 +72,7 @@ def n_parts(output: Path) -> int:
     return len(list(Path(f"{output}.work").glob("[0-9]*.json")))
 
 
+@pytest.mark.slow
 def test_kills_of_the_parent_during_parts_and_merge(corpus: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     output = tmp_path / "out" / "data"
     process = start_build(corpus, output, "--processes", "2")
@@ -85,7 +86,7 @@ def test_kills_of_the_parent_during_parts_and_merge(corpus: Path, expected: dict
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not output.exists()
-    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
     process = start_build(corpus, output, "--processes", "2")
     assert process.communicate()[1] == "" and process.returncode == 0
     assert contents(output) == expected

@@ -80,7 +80,7 @@ def test_in_bf16_what_must_be_fp32_is_fp32_within_the_forward_pass(engine: str, 
         assert seen[f"computed {kind}"] == ["torch.float32"]
 
 
-@pytest.mark.parametrize("name", slow_but(["zero-3"], ENGINES))
+@pytest.mark.parametrize("name", slow_but(["fsdp-2"], ENGINES))
 def test_bf16_curves_lie_in_a_narrow_band_around_one_process(
     name: str, dataset: Path, tmp_path: Path, bf16_reference: Curve
 ) -> None:
@@ -235,7 +235,7 @@ DEEP = ModelConfig(d_model=32, n_layer=20, vocab_size=64)  # many parameters, no
         # (parameter and moments) is made after. ZeRO-3 cuts each parameter up as it is made: a quarter of 4; then come
         # moments, partitions of gradients, and a flat copy. A whole model would add 4 to any of these.
         ("fsdp", 0.0, 3.0),
-        ("zero-3", 1.0, 5.0),
+        pytest.param("zero-3", 1.0, 5.0, marks=pytest.mark.slow),
     ],
 )
 def test_a_sharded_model_never_exists_whole_on_one_rank(name: str, made: float, ready: float) -> None:

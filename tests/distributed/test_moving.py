@@ -89,7 +89,7 @@ def saved(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     return saved_by
 
 
-FAST = [("fsdp-2", "zero-2"), ("zero-3", "single")]
+FAST = [("single", "fsdp-4")]
 
 
 @pytest.mark.parametrize(("source", "target"), slow_but(FAST, MOVES), ids=lambda name: name)
@@ -127,7 +127,7 @@ def test_the_same_engine_on_as_many_ranks_goes_on_to_the_bit(name: str, dataset:
     assert all(torch.equal(rest.weights[key], value) for key, value in whole.weights.items())
 
 
-@pytest.mark.parametrize("name", slow_but(["fsdp-2", "zero-3"], ["fsdp-2", "hsdp-2x2", "zero-1", "zero-2", "zero-3"]))
+@pytest.mark.parametrize("name", slow_but(["fsdp-2"], ["fsdp-2", "hsdp-2x2", "zero-1", "zero-2", "zero-3"]))
 def test_every_rank_writes_its_part_and_no_more(name: str, saved: Callable[[str], Path]) -> None:
     tensors = []
     for path in sorted(saved(name).glob("optimizer*.safetensors")):

@@ -29,12 +29,12 @@ from tests.helpers.engines import relative
 from tests.helpers.processes import on_ranks
 from tests.helpers.runs import OPTIONS, small_config
 
+pytestmark = pytest.mark.slow  # DeepSpeed takes ten seconds to import, and its converter more processes
+
 CASES: dict[str, dict[str, Any]] = {
     "zero-1": {"stage": 1},
     "zero-2-bf16": {"stage": 2, "bf16": True, "prefix": "module."},
     "zero-3": {"stage": 3},
-}
-SLOW: dict[str, dict[str, Any]] = {
     "zero-1-bf16": {"stage": 1, "bf16": True, "options": {"data_types": {"grad_accum_dtype": "fp32"}}},
     "zero-2": {"stage": 2, "prefix": "model."},
     "zero-3-bf16": {"stage": 3, "bf16": True},
@@ -44,11 +44,6 @@ SLOW: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def theirs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     return run_cases(dataset, tmp_path_factory.mktemp("deepspeed"), CASES)
-
-
-@pytest.fixture(scope="module")
-def theirs_slowly(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    return run_cases(dataset, tmp_path_factory.mktemp("deepspeed_slow"), SLOW)
 
 
 @pytest.fixture(scope="module")
@@ -110,15 +105,6 @@ def test_a_run_goes_on_from_deepspeeds_checkpoint(
     check_import(theirs[0] / name, tmp_path / "run", dataset, theirs[1][name])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
-def test_a_run_goes_on_from_other_checkpoints_of_deepspeed(
-    name: str, theirs_slowly: tuple[Path, dict[str, Any]], dataset: Path, tmp_path: Path
-) -> None:
-    check_import(theirs_slowly[0] / name, tmp_path / "run", dataset, theirs_slowly[1][name])
-
-
-@pytest.mark.slow
 def test_the_zero_engine_goes_on_from_it_too(
     universal: Path, theirs: tuple[Path, dict[str, Any]], dataset: Path, tmp_path: Path
 ) -> None:
@@ -224,7 +210,6 @@ def test_a_missing_shard_is_named(
     assert said in refusal(source, capsys)
 
 
-@pytest.mark.slow
 def test_a_damaged_shard_is_named(
     theirs: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,7 @@ slow = pytest.mark.slow
     ("engine", "size", "micro_batches", "options"),
     [
         ("single", "small", 2, []),
-        ("zero-2", "small", 2, []),
+        pytest.param("zero-2", "small", 2, [], marks=slow),
         pytest.param("zero-3", "small", 1, [AGAIN], marks=slow),
         ("fsdp", "small", 2, [AGAIN]),
         *(
