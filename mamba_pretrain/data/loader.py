@@ -5,9 +5,9 @@ The state is one counter of consumed samples over all ranks, and the caller hold
 
 from __future__ import annotations
 
-import math
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -86,17 +86,17 @@ def batches(
     """
     before = signal.getsignal(signal.SIGCHLD)
     micro_batches = _MicroBatches(dataset, micro_batch_size, first_sample + (rank - first_sample) % world, world)
-    running: Iterator[Batch | ShardError] = iter(micro_batches)
-    if workers or torch.cuda.is_available():  # else a DataLoader only adds its own time
-        running = iter(
-            DataLoader(
-                micro_batches,
-                batch_size=None,
-                num_workers=workers,
-                worker_init_fn=_leave_signals_to_parent,
-                pin_memory=torch.cuda.is_available(),
-            )
+    if not workers and not torch.cuda.is_available():  # a DataLoader would only add its own time
+        yield from micro_batches.read()
+    running: Iterator[Batch | ShardError] = iter(
+        DataLoader(
+            micro_batches,
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=_leave_signals_to_parent,
+            pin_memory=torch.cuda.is_available(),
         )
+    )
     if workers and threading.current_thread() is threading.main_thread():
         # torch's handler raises in whatever code happens to run when a worker ends; next() sees it within 5 s anyway.
         signal.signal(signal.SIGCHLD, before)
@@ -124,7 +124,12 @@ class _MicroBatches(IterableDataset[Batch | ShardError]):
 
     def __iter__(self) -> Iterator[Batch | ShardError]:
         info = get_worker_info()
-        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        try:
+            yield from self.read() if info is None else self.read(info.id, info.num_workers)
+        except ShardError as error:
+            yield error  # torch would wrap what a loader process raises in its traceback
+
+    def read(self, worker: int = 0, workers: int = 1) -> Iterator[Batch]:
         mine = islice(self._counters(), worker, None, workers)
         while True:
             # Not for all the ranks' micro-batches, nor for those of the other loader processes.
@@ -134,10 +139,7 @@ class _MicroBatches(IterableDataset[Batch | ShardError]):
             end = 0
             for samples in ahead:
                 begin, end = end, end + len(samples)
-                block = self._read(stages[begin], places.sources[begin:end], places.rows[begin:end])
-                if isinstance(block, ShardError):
-                    yield block
-                    return
+                block = self.dataset.read(stages[begin], places.sources[begin:end], places.rows[begin:end])
                 ids, labels, seq_idx, padding = map(torch.from_numpy, block)
                 yield {
                     "input_ids": ids,
@@ -147,29 +149,22 @@ class _MicroBatches(IterableDataset[Batch | ShardError]):
                     "samples": torch.from_numpy(samples),
                 }
 
-    def _read(self, stage: int, sources: NDArray[np.int64], rows: NDArray[np.int64]) -> Block | ShardError:
-        try:
-            return self.dataset.read(stage, sources, rows)
-        except ShardError as error:
-            return error  # torch would wrap what a loader process raises in its traceback
-
-    def _end(self, stage: int) -> float:
+    def _end(self, stage: int) -> int:
         stages = self.dataset.mixture.stages
-        return stages[stage + 1].first if stage + 1 < len(stages) else math.inf
+        return stages[stage + 1].first if stage + 1 < len(stages) else sys.maxsize
 
     def _counters(self) -> Iterator[NDArray[np.int64]]:
         """first, first + stride, ... in arrays of the stage's size, shorter where a stage ends within one."""
-        first = self.first
+        first, stride = self.first, self.stride
         for s, size in enumerate(self.sizes):
-            end = self._end(s)
-            steps = np.arange(size, dtype=np.int64) * self.stride
-            while first + (size - 1) * self.stride < end:
-                yield first + steps
-                first += size * self.stride
-            if first < end:
-                rest = np.arange(first, int(end), self.stride, dtype=np.int64)
-                yield rest
-                first += len(rest) * self.stride
+            steps = stride * np.arange(-(-AHEAD // size) * size, dtype=np.int64).reshape(-1, size)
+            while (left := -((first - self._end(s)) // stride)) > 0:
+                whole = min(left // size, len(steps))
+                yield from first + steps[:whole]
+                rest = left % size if whole < len(steps) else 0
+                if rest:
+                    yield first + whole * size * stride + steps[0, :rest]
+                first += (whole * size + rest) * stride
 
 
 def _leave_signals_to_parent(_: int) -> None:

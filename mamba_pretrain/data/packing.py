@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from ctypes import addressof, c_char, c_int64, c_uint64, c_void_p
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -36,7 +37,7 @@ LIBRARY: Final = Library(
     ("-std=c++17", "-O3", "-fPIC"),
 )
 
-Reader = dict[tuple[str, int], Any]  # by kind and width of a token
+Functions = dict[tuple[str, int], Any]  # by kind and width of a token
 
 log = logging.getLogger("mamba_pretrain")
 
@@ -56,18 +57,8 @@ class Piece(NamedTuple):
     goes_on: bool  # its document has more after it, so that its last label is the token there
 
 
-class Outputs(NamedTuple):
-    """Addresses of a block's arrays."""
-
-    input_ids: int
-    labels: int
-    seq_idx: int
-    padding: int
-
-    def row(self, b: int, seq_len: int) -> Outputs:
-        """Those of its row b."""
-        before = 8 * b * seq_len
-        return Outputs(self.input_ids + before, self.labels + before, self.seq_idx + before // 2, self.padding + 8 * b)
+Outputs = tuple[int, int, int, int]  # addresses of a block's arrays
+Reader = Callable[[NDArray[np.int64], Outputs], int]  # the first of the rows that it cannot read, else -1
 
 
 class Rows(Protocol):
@@ -116,19 +107,24 @@ class _Pieces(ABC):
         self.shard, self.seq_len, self.n_rows, self.vocab_size = shard, seq_len, n_rows, vocab_size
         # Of the stored numbers, read as unsigned ones: negative ids are the largest of those.
         self._limit = min(vocab_size, int(np.iinfo(shard.dtype).max) + 1)
-        compiled_reader()  # built, or said to be missing, before a run begins, and before it forks loader processes
+        compiled_functions()  # built, or said to be missing, before a run begins, and before it forks loader processes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_reader"}
 
     def read(self, rows: NDArray[np.int64]) -> Block:
+        count, length = len(rows), self.seq_len
+        rows = np.array(rows, np.int64)
         # One allocation for both, which the C library keeps for the next block: new pages cost more than reading does.
-        rows, both = np.array(rows, np.int64), np.empty((2, len(rows), self.seq_len), np.int64)
-        block = Block(both[0], both[1], np.empty(both.shape[1:], np.int32), np.empty(len(rows), np.int64))
-        if (reader := compiled_reader()) is None:
+        both = np.empty((2, count, length), np.int64)
+        block = Block(both[0], both[1], np.empty((count, length), np.int32), np.empty(count, np.int64))
+        if self._reader is None:
             for b, row in enumerate(rows.tolist()):
                 self._fill(block, b, row)
             return block
         ids = _address(both)
-        outputs = Outputs(ids, ids + both.nbytes // 2, _address(block.seq_idx), _address(block.padding))
-        if (refused := self._read_compiled(reader, rows, outputs)) >= 0:
+        outputs = ids, ids + 8 * count * length, _address(block.seq_idx), _address(block.padding)
+        if (refused := self._reader(rows, outputs)) >= 0:
             self._fill(block, refused, int(rows[refused]))
             raise AssertionError(f"row {rows[refused]} of {self.shard.path} was refused for no reason")
         return block
@@ -137,9 +133,13 @@ class _Pieces(ABC):
     def _pieces(self, row: int) -> list[Piece]:
         """Raises ShardError for what cannot be a row."""
 
+    @cached_property
+    def _reader(self) -> Reader | None:
+        functions = compiled_functions()
+        return None if functions is None else self._reader_of(functions)
+
     @abstractmethod
-    def _read_compiled(self, reader: Reader, rows: NDArray[np.int64], outputs: Outputs) -> int:
-        """The first of `rows` that cannot be read, else -1."""
+    def _reader_of(self, functions: Functions) -> Reader: ...
 
     def _fill(self, block: Block, b: int, row: int) -> None:
         assert 0 <= row < self.n_rows
@@ -181,17 +181,23 @@ class Windows(_Pieces):
         pieces = [Piece(start, stop - start, False) for start, stop in pairwise(edges)]
         return pieces if edges[-1] == end else [*pieces, Piece(edges[-1], end - edges[-1], True)]
 
-    def _read_compiled(self, reader: Reader, rows: NDArray[np.int64], outputs: Outputs) -> int:
-        shard, length, numbers = self.shard, self.seq_len, _address(rows)
-        read = partial(reader["windows", shard.dtype.itemsize], shard.stored_address, shard.n_tokens, self._limit)
-        if (starts := shard.resident_starts) is not None:
-            refused: int = read(shard.starts_address, len(starts), numbers, len(rows), length, *outputs)
-            return refused
-        for b, row in enumerate(rows.tolist()):
-            starts = shard.document_starts(row * length + 1, (row + 1) * length + 1)
-            if read(starts.ctypes.data, len(starts), numbers + 8 * b, 1, length, *outputs.row(b, length)) >= 0:
-                return b
-        return -1
+    def _reader_of(self, functions: Functions) -> Reader:
+        shard, length = self.shard, self.seq_len
+        read = partial(functions["windows", shard.dtype.itemsize], shard.stored_address, shard.n_tokens, self._limit)
+
+        def search(rows: NDArray[np.int64], outputs: Outputs) -> int:
+            ids, labels, seq_idx, padding = outputs
+            for b, row in enumerate(rows.tolist()):
+                starts, before = shard.document_starts(row * length + 1, (row + 1) * length + 1), 8 * b * length
+                at = ids + before, labels + before, seq_idx + before // 2, padding + 8 * b
+                if read(starts.ctypes.data, len(starts), _address(rows) + 8 * b, 1, length, *at) >= 0:
+                    return b
+            return -1
+
+        if (starts := shard.resident_starts) is None:
+            return search
+        resident = partial(read, shard.starts_address, len(starts))
+        return lambda rows, outputs: resident(_address(rows), len(rows), length, *outputs)
 
 
 class Packed(_Pieces):
@@ -223,27 +229,27 @@ class Packed(_Pieces):
             column += piece.tokens
         return pieces
 
-    def _read_compiled(self, reader: Reader, rows: NDArray[np.int64], outputs: Outputs) -> int:
-        shard, wanted = self.shard, (_address(rows), len(rows), self.seq_len)
-        read = partial(reader["packed", shard.dtype.itemsize], shard.stored_address, shard.n_tokens, self._limit)
-        refused: int = read(*self.pack.layout, *wanted, *outputs)
-        return refused
+    def _reader_of(self, functions: Functions) -> Reader:
+        shard, length = self.shard, self.seq_len
+        read = partial(functions["packed", shard.dtype.itemsize], shard.stored_address, shard.n_tokens, self._limit)
+        packed = partial(read, *self.pack.layout)
+        return lambda rows, outputs: packed(_address(rows), len(rows), length, *outputs)
 
 
 def _address(array: NDArray[Any]) -> int:
     """Of the first number; array.ctypes.data takes four times as long. For fresh arrays, which can be written."""
-    return addressof(c_char.from_buffer(array.data))
+    return addressof(c_char.from_buffer(array))  # type: ignore[arg-type]  # an array is a buffer
 
 
 @cache
-def compiled_reader() -> Reader | None:
+def compiled_functions() -> Functions | None:
     """The functions of csrc/rows.cpp, built if need be; None, which is said once, where they cannot be."""
     try:
         library = LIBRARY.load()
     except BuildError as error:
         log.warning("rows are read by numpy, which takes several times as long: %s; %s", error, error.mend)
         return None
-    functions: Reader = {}
+    functions: Functions = {}
     for kind, arguments in ARGUMENTS.items():
         for width in WIDTHS:
             functions[kind, width] = function = getattr(library, f"rows_{kind}_{width}")

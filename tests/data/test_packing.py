@@ -93,7 +93,7 @@ def test_rows_are_the_stream_however_they_are_read(
         patch.setattr(shards, "RESIDENT", 1 << 20 if resident else 0)
         patch.setattr(shards, "KNOWN", 3)
         if not compiled:
-            patch.setattr(packing, "compiled_reader", lambda: None)
+            patch.setattr(packing, "compiled_functions", lambda: None)
         windows = Windows(shard_of(Path(directory), documents), seq_len, 100)
         assert_equal(windows.read(rows), ids[rows], labels[rows], numbers[rows])
         assert not windows.read(rows).padding.any()
@@ -144,7 +144,7 @@ def test_a_damaged_token_that_is_no_label_is_the_next_rows(
 ) -> None:
     """The token behind a row that begins a document is nobody's label there."""
     if not compiled:
-        monkeypatch.setattr(packing, "compiled_reader", lambda: None)
+        monkeypatch.setattr(packing, "compiled_functions", lambda: None)
     rows = Windows(foreign_shard(tmp_path, [[1, 2, 3, 4], [999, 6, 7, 8, 9]], [0, 1, 2]), 4, 100)
     assert rows.read(np.array([0])).labels.tolist() == [[2, 3, 4, IGNORE]]
     with pytest.raises(ShardError, match="token id 999 at position 4"):
@@ -180,7 +180,9 @@ def test_a_searched_index_that_leads_nowhere_is_an_error_or_right(
 @pytest.mark.parametrize("code", [1, 2, 3, 4, 5, 8])
 def test_compiled_rows_are_those_of_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     """At lengths around the block of the loops, for every width and sign of a token."""
-    assert packing.compiled_reader() is not None, "there is a compiler: sources that do not build are no reason to skip"
+    assert packing.compiled_functions() is not None, (
+        "there is a compiler: that sources do not build is no reason to skip"
+    )
     rng = np.random.default_rng(code)
     documents = [rng.integers(0, 100, n).tolist() for n in rng.integers(0, 900, 40)]
     shard = foreign_shard(tmp_path, documents, list(range(41)), code)
@@ -189,8 +191,8 @@ def test_compiled_rows_are_those_of_numpy(tmp_path: Path, monkeypatch: pytest.Mo
         chosen = rng.permutation(windows.n_rows)[:9]
         compiled = windows.read(chosen)
         with monkeypatch.context() as patch:
-            patch.setattr(packing, "compiled_reader", lambda: None)
-            assert_equal(compiled, *windows.read(chosen)[:3])
+            patch.setattr(packing, "compiled_functions", lambda: None)
+            assert_equal(compiled, *Windows(shard, seq_len, 100).read(chosen)[:3])
         assert not compiled.padding.any()
 
 
@@ -199,7 +201,7 @@ def test_without_a_compiler_rows_come_from_numpy_and_that_is_said(
 ) -> None:
     monkeypatch.setenv("MAMBA_PRETRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", "/nonexistent")
-    monkeypatch.setattr(packing, "compiled_reader", cache(packing.compiled_reader.__wrapped__))
+    monkeypatch.setattr(packing, "compiled_functions", cache(packing.compiled_functions.__wrapped__))
     rows = Windows(shard_of(tmp_path, [[1, 2, 3], [4, 5]]), 4, 100)
     assert rows.read(np.array([0])).labels.tolist() == [[2, 3, IGNORE, 5]]
     assert caplog.text.count("rows are read by numpy, which takes several times as long: no C++ compiler") == 1

@@ -83,7 +83,7 @@ def test_no_token_is_lost_or_doubled_whatever_the_lengths(
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         patch.setattr(pack_shards, "BLOCK", block)
         if not compiled:
-            patch.setattr(packing, "compiled_reader", lambda: None)
+            patch.setattr(packing, "compiled_functions", lambda: None)
         check(packed(shard_of(Path(directory), documents, 1000), seq_len, how, 1000), documents, how)
 
 
