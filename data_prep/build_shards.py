@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import sys
@@ -26,6 +27,7 @@ from data_prep.plan import PLAN, Plan, agree, has_parts, name_of, planned_tokeni
 from data_prep.progress import Meter
 from data_prep.store import Store
 from data_prep.streams import CorpusError, is_url
+from mamba_pretrain.data import encodings
 from mamba_pretrain.data.manifest import Manifest
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
@@ -66,7 +68,8 @@ def build(
     same arguments goes on with them. The dataset does not depend on `processes`, `unit_bytes`, or how often it went on.
     """
     require_room(output, overwrite)
-    plan, store = Plan.make(corpus, tokenizer, **what), work_of(output)
+    store = work_of(output)
+    plan = _plan(corpus, tokenizer, store, what)
     with store.lock(RUN_LOCK):
         agree(store, plan, tokenizer, alone=True)
         with _kept(store, alone=True):
@@ -82,11 +85,19 @@ def build_task(
     """Makes every n-th part from the i-th on, task (i, n), and returns how many that are."""
     index, count = task
     require_room(output, overwrite=True)
-    plan, store = Plan.make(corpus, tokenizer, **what), work_of(output)
+    store = work_of(output)
+    plan = _plan(corpus, tokenizer, store, what)
     with store.lock(RUN_LOCK, shared=True), store.lock(f"task-{index}-of-{count}.lock"):
         agree(store, plan, tokenizer, alone=False)
         with _kept(store, alone=False):
             return len(make_parts(corpus, store, plan, range(index, len(plan.parts), count), processes))
+
+
+def _plan(corpus: Corpus, tokenizer: Tokenizer, store: Store, what: dict[str, Any]) -> Plan:
+    """In units as large as those of a build that was begun, where their size is left open."""
+    if what.get("unit_bytes") is None and PLAN in store.names():
+        what = {**what, "unit_bytes": Plan.read(store).unit_bytes}
+    return Plan.make(corpus, tokenizer, **what)
 
 
 def merge_with_bar(output: str | Path, store: Store, plan: Plan, parts: dict[int, Counts], overwrite: bool) -> Manifest:
@@ -113,6 +124,7 @@ def make_parts(corpus: Corpus, store: Store, plan: Plan, chosen: range, processe
             ended: Generator[tuple[Any, Any]]
             if processes > 1:
                 planned_tokenizer(store, plan)  # what is wrong with it is better said once, here
+                encodings.compiled()
                 ended = pool.run(tasks, processes, _worker, (corpus, plan, store), report)
             else:
                 ended = _in_process(tasks, corpus, plan, store, report)
@@ -143,6 +155,7 @@ def make_parts(corpus: Corpus, store: Store, plan: Plan, chosen: range, processe
 
 def _worker(corpus: Corpus, plan: Plan, store: Store) -> Callable[[Task, Callable[[Progress], None]], Counts | Failed]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one core's
+    logging.getLogger("mamba_pretrain").setLevel(logging.ERROR)  # the parent has warned
     tokenizer = planned_tokenizer(store, plan)
     return partial(write_part, corpus=corpus, plan=plan, store=store, tokenizer=tokenizer)
 
@@ -254,7 +267,12 @@ def parser() -> ArgumentParser:
         "begin, the first token is predicted too, so that bits per byte count every byte",
     )
     result.add_argument("--min-bytes", type=int, default=0, help="leave out documents with less UTF-8 text")
-    result.add_argument("--max-bytes", type=int, default=0, help="leave out documents with more (default: no bound)")
+    result.add_argument(
+        "--max-bytes",
+        type=int,
+        default=0,
+        help="leave out documents with more (default: no bound); GPT-NeoX's tokenizer takes 125 times their size",
+    )
     result.add_argument(
         "--drop-duplicates",
         action="store_true",

@@ -200,6 +200,7 @@ def summary(report: dict[str, Any]) -> str:
             if "corpus" in step:
                 lines.append(f"{step:<44}{counts.get('documents', 0):>12,}")
                 lines += [f"    {k:<40}{'':>12}{counts[k]:>12,}" for k in ("invalid", "empty") if counts.get(k)]
+                lines += [f"    {k}" for k in counts if k.startswith("left out, ")]
             elif "forwarded" in counts or "dropped" in counts:
                 lines.append(f"{step:<44}{counts.get('total', 0):>12,}{counts.get('dropped', 0):>12,}")
                 lines += [f"    {k[8:]:<40}{'':>12}{n:>12,}" for k, n in counts.items() if k.startswith("dropped_")]

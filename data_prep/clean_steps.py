@@ -70,8 +70,8 @@ class CorpusReader(PipelineStep):  # type: ignore[misc]
             yield Record(text=document.text, id=f"{document.source}:{document.line}")
         self.stat_update("invalid", value=share.skipped)
         self.stat_update("empty", value=share.empty)
-        for _ in share.left_out:
-            self.stat_update("inputs left out")
+        for reason in share.left_out:
+            self.stat_update(f"left out, it could not be read: {reason}")
 
 
 class Words(WhitespaceTokenizer):  # type: ignore[misc]

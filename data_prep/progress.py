@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from types import TracebackType
@@ -27,8 +28,10 @@ class Meter:
         self._documents = self._tokens = self._text_bytes = 0
         self._began = self._said = time.monotonic()
         self._done = sum(plan.bytes_of(part) for part in done)
-        total = sum(plan.bytes_of(part) for part in parts)
-        self._bar = tqdm(total=total, initial=self._done, unit="B", unit_scale=True, disable=None)
+        self._total, self._n_parts = sum(plan.bytes_of(part) for part in parts), len(parts)
+        self._n_done = len(done)
+        self._first = self._share(self._done)
+        self._bar = tqdm(total=self._total or None, initial=self._done, unit="B", unit_scale=True, disable=None)
 
     def report(self, part: int, progress: Progress) -> None:
         self._running[part] = progress
@@ -42,7 +45,12 @@ class Meter:
             self._tokens += counts.tokens
             self._text_bytes += counts.text_bytes
             self._done += self._plan.bytes_of(part)
+            self._n_done += 1
         self._show()
+
+    def _share(self, done: int) -> float:
+        """Of the work; by parts where the inputs' sizes are not known."""
+        return done / self._total if self._total else self._n_done / max(self._n_parts, 1)
 
     def _show(self) -> None:
         now, running = time.monotonic(), self._running.items()
@@ -56,8 +64,13 @@ class Meter:
         self._bar.update(max(0, done - self._bar.n))
         if self._bar.disable and now - self._said > LINE_S:
             self._said = now
-            share = 100 * done / max(self._bar.total, 1)
-            print(f"{share:.1f} % of {self._bar.total:,} bytes read, {rates}", file=sys.stderr)
+            share = self._share(done)
+            what = (
+                f"{share:.1%} of {self._total:,} bytes" if self._total else f"{self._n_done} of {self._n_parts} parts"
+            )
+            left = seconds * (1 - share) / (share - self._first) if share > self._first else math.nan
+            eta = "" if math.isnan(left) else f", {tqdm.format_interval(left)} left"
+            print(f"{what} read, {rates}{eta}", file=sys.stderr)
 
     def __enter__(self) -> Meter:
         return self

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from data_prep.records import Document, Invalid, Reading, Record, Unit, too_long
-from data_prep.streams import TooLong, blank_before, content, lines
+from data_prep.streams import TooLong, blanks_before, content, lines
 
 
 def byte_ranges(whole: Unit, unit_bytes: int) -> list[Unit]:
@@ -47,11 +47,12 @@ def _blocks(unit: Unit, reading: Reading) -> Iterator[Record]:
         whole = TooLong(block[0]) if size > reading.max_record_bytes else b"".join(block).rstrip(b"\r\n")
         return _text(whole, unit, begin, reading)
 
-    before = unit.start > 0 and not blank_before(unit.source, unit.start - 1)  # in a block of the unit before
+    blanks = blanks_before(unit.source, unit.start - 1) if unit.start else 0
+    before = blanks is None  # in a block of the unit before
     for number, offset, line in lines(unit.source, reading.max_record_bytes, unit.start, unit.stop):
         blank = not isinstance(line, TooLong) and not line.strip()
         if number == 0:
-            before = before or not blank
+            before = before or not blank or (blanks or 0) + len(line) > reading.max_record_bytes
             continue
         if blank and block:
             yield record()

@@ -98,14 +98,16 @@ def size_of(source: str) -> int | None:
     return os.stat(source).st_size
 
 
-def open_raw(source: str, *, seekable: bool = True) -> io.BufferedIOBase | IO[bytes]:
-    """The bytes of a file as they are stored. `seekable`: not only from the first to the last."""
+def open_raw(source: str, *, seekable: bool = True, span: int | None = None) -> io.BufferedIOBase | IO[bytes]:
+    """The bytes of a file as they are stored. `seekable`: not only from the first to the last; `span`: bytes that will
+    be read, about, if not all of them."""
     if not is_url(source):
         return open(source, "rb", buffering=BUFFER_BYTES)
     fs, path = filesystem(source)
     with as_os_errors():
         # Some web servers give files from the beginning only, and all are faster so.
-        block = 0 if source.startswith(HTTP) and not seekable else BLOCK_BYTES
+        # A block is fetched beyond what is asked for: no more than the span needs.
+        block = 0 if source.startswith(HTTP) and not seekable else min(BLOCK_BYTES, span or BLOCK_BYTES)
         return io.BufferedReader(_Remote(fs.open(path, "rb", block_size=block)), BUFFER_BYTES)
 
 
@@ -173,7 +175,7 @@ def lines(source: str, limit: int, start: int = 0, stop: int | None = None) -> I
     """
     number, begin = (0, start - 1) if start else (1, 0)
     try:
-        with open_bytes(source, begin if start else None) as stream:
+        with open_bytes(source, begin if start else None, stop) as stream:
             if start:
                 line, n_bytes = _read_line(stream, limit, sys.maxsize if stop is None else stop - begin)
                 yield number, begin, line
@@ -230,25 +232,34 @@ def line_feeds(source: str, stop: int) -> int:
     return count
 
 
-def blank_before(source: str, stop: int) -> bool:
-    """Whether there is nothing but whitespace between byte `stop` and the line feed, or the beginning, before it."""
+def blanks_before(source: str, stop: int) -> int | None:
+    """Bytes between byte `stop` and the line feed, or the beginning, before it; None if they are not all whitespace."""
+    blanks = 0
     with open_bytes(source) as stream:
         while stop:
             begin = max(stop - SKIP, 0)
             stream.seek(begin)
             _, feed, line = stream.read(stop - begin).rpartition(b"\n")
-            if line.strip() or feed:
-                return not line.strip()
+            if not begin and not feed:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                return None
+            blanks += len(line)
+            if feed:
+                break
             stop = begin
-    return True
+    return blanks
 
 
-def open_bytes(source: str, start: int | None = None) -> io.BufferedIOBase | IO[bytes]:
-    """The decompressed content. `start`: a place in a plain file to begin at, and a sign that others may follow."""
+def open_bytes(source: str, start: int | None = None, stop: int | None = None) -> io.BufferedIOBase | IO[bytes]:
+    """The decompressed content. `start`: a place in a plain file to begin at, and a sign that others may follow.
+    `stop`: about where reading will end.
+    """
     suffix = os.path.splitext(extension(source))[1] or extension(source)
     if suffix in COMPRESSED and size_of(source) == 0:  # even the compressed nothing has some bytes
         raise EOFError("it is empty")
-    stream = open_raw(source, seekable=start is not None)
+    span = None if stop is None else stop - (start or 0)
+    stream = open_raw(source, seekable=start is not None, span=span)
     if suffix == ".gz":
         return _GzipStream(fileobj=stream)
     if suffix == ".zst":

@@ -224,11 +224,13 @@ def body(arguments: Namespace) -> int:
     chosen = (d for source, d in reading if arguments.split in ("all", split_of(d.text, source, rule)))
     parts = passages(chosen) if output.suffix == ".json" else sentences(chosen)
     texts = sample(parts, arguments.sample_bytes, arguments.seed)
+    left_out = [f"left out, it could not be read: {reason}" for reason in corpus.left_out]
     if not texts:
-        raise CorpusError(
+        message = (
             f"no text in the {arguments.split} split: use more documents, other --split-fractions, or more "
             "--sample-bytes"
         )
+        raise CorpusError("\n".join([message, *left_out]))
     learned = sum(len(text.encode()) for text in texts)
     print(f"learning from {learned:,} bytes of text, sampled from {reading.n_bytes:,} bytes read", flush=True)
     if reading.ended_early:
@@ -251,6 +253,8 @@ def body(arguments: Namespace) -> int:
     density = sum(len(tokenizer.encode(text)) for text in shown) / sum(len(text.encode()) for text in shown)
     if corpus.skipped:
         print(f"warning: {corpus.skipped:,} invalid records were left out")
+    for line in left_out:
+        print(f"warning: {line}")
     print(f"{output}: {tokenizer.vocab_size:,} ids, {density:.4f} tokens a byte, sha256 {tokenizer.sha256}")
     return 0
 

@@ -212,7 +212,7 @@ class HuggingFaceTokenizer(Tokenizer):
         bos = config.get("bos_token") or next((name for name in KNOWN_BOS if name in specials), eod)
         self.bos_id = _id_of(bos, vocab, path)
         self._names = {"eos_token": eod, "bos_token": bos}
-        if '"ByteLevel"' in json.dumps(settings.get("decoder")):
+        if _decodes_bytes(settings.get("decoder")):
             pieces = [b""] * self.vocab_size
             self.pieces = pieces
             for piece, i in vocab.items():
@@ -290,6 +290,14 @@ def _bytes_tokenizer(eod: str | None) -> Tokenizer:
     if eod is not None:
         raise TokenizerError(f"the byte tokenizer ends documents with its own token 256, not {eod!r}: leave out --eod")
     return BytesTokenizer()
+
+
+def _decodes_bytes(decoder: Any) -> bool:
+    """Whether it joins the bytes that pieces stand for, and does nothing else."""
+    match decoder:
+        case {"type": "ByteLevel"} | {"type": "Sequence", "decoders": [{"type": "ByteLevel"}]}:
+            return True
+    return False
 
 
 def _id_of(token: str, vocab: dict[str, int], path: Path) -> int:

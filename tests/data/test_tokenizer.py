@@ -268,3 +268,13 @@ def test_a_stream_shows_text_as_it_comes_and_a_cut_character_at_its_end(tokenize
     parts = tokenizer.stream(iter(ids[:-1]))
     assert next(parts).startswith("a")
     assert "".join(parts).endswith("\ufffd")
+
+
+def test_a_decoder_that_does_more_than_join_bytes_is_the_librarys(tmp_path: Path) -> None:
+    model = byte_level(["<|endoftext|>"])
+    for then, text in (([], " a b"), ([decoders.Strip(" ", 1, 0)], "a b")):
+        model.decoder = decoders.Sequence([decoders.ByteLevel(), *then])
+        model.save(str(tmp_path / "tokenizer.json"))
+        tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+        assert (tokenizer.pieces is None) == bool(then)
+        assert tokenizer.decode(tokenizer.encode(" a b")) == text

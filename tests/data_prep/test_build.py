@@ -273,6 +273,21 @@ def test_duplicates_and_bounds(tmp_path: Path) -> None:
         build(corpus, BytesTokenizer(), tmp_path / "c", **{**options, "min_bytes": 5, "max_bytes": 2})
 
 
+def test_a_build_that_was_begun_goes_on_in_its_own_units(inputs: list[Path], tmp_path: Path) -> None:
+    """Though the default is another by now."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_shards, "merge_with_bar", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(inputs, tmp_path / "data", unit_bytes=5000)
+    work = work_of(tmp_path / "data")
+    assert len([name for name in work.names() if name.endswith(".tokens")]) > 3
+    with pytest.raises(ShardError, match=r"unit_bytes was 5000, is 6000"):
+        make(inputs, tmp_path / "data", unit_bytes=6000)
+    make(inputs, tmp_path / "data", unit_bytes=None)
+    make(inputs, tmp_path / "other")
+    assert contents(tmp_path / "data") == contents(tmp_path / "other")
+
+
 class Wide(BytesTokenizer):
     vocab_size = (1 << 31) + 1
 

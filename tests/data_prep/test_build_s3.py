@@ -7,10 +7,12 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 import s3fs
 
 from data_prep import build_shards, merge_shards
+from data_prep.corpus import Corpus
 from data_prep.plan import work_of
 from mamba_pretrain.data.dataset import verify
 from tests.helpers.corpora import make_documents, write_jsonl
@@ -102,6 +104,26 @@ def test_an_interrupted_upload_does_not_open_and_goes_on(
     assert "manifest.json" in before and "manifest.json" not in listed(bucket)
     assert build(corpus, bucket, "--overwrite") == 0
     assert listed(bucket) == before
+
+
+def test_a_remote_input_is_fetched_about_once_however_it_is_divided(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "".join(f"document {i}\n\n" for i in range(400_000))
+    with fsspec.open(f"{bucket}/a.txt", "w") as stream:
+        stream.write(text)
+    n_bytes, fetch = [0], s3fs.S3File._fetch_range
+
+    def counted(self: object, start: int, end: int) -> bytes:
+        found: bytes = fetch(self, start, end)
+        n_bytes[0] += len(found)
+        return found
+
+    monkeypatch.setattr(s3fs.S3File, "_fetch_range", counted)
+    corpus = Corpus([f"{bucket}/a.txt"], txt_documents="line")
+    units = corpus.units(1 << 20)
+    assert sum(1 for unit in units for _ in corpus.records(unit)) == 400_000 and len(units) > 5
+    assert n_bytes[0] < 1.5 * len(text)
 
 
 def test_a_bucket_that_is_not_there_is_one_message(

@@ -93,6 +93,17 @@ def test_junk_and_near_duplicates_go_and_say_why(
     assert Manifest.read(tmp_path / "data").splits["train"].documents == 12
 
 
+def test_an_input_that_is_left_out_is_named(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = corpus / "b.jsonl.gz"
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    output = tmp_path / "clean"
+    assert run_clean(corpus, output, *FILTERS, "--on-error", "skip-files") == 0
+    said = f"left out, it could not be read: {damaged} is damaged"
+    assert said in capsys.readouterr().out
+    reader = json.loads((output / "report.json").read_text())["stages"]["filters"]["READER: corpus"]
+    assert [count for name, count in reader.items() if name.startswith(said)] == [1]
+
+
 def test_an_interrupted_run_goes_on_with_what_is_not_complete(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

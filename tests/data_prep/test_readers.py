@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
@@ -24,14 +25,14 @@ MIB = 1 << 20
 
 @pytest.mark.parametrize("mode", ["line", "blank-line", "jsonl"])
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lines=LINES, end=st.sampled_from(["", "\n"]), unit_bytes=st.integers(1, 40))
+@given(lines=LINES, mark=st.booleans(), end=st.sampled_from(["", "\n"]), unit_bytes=st.integers(1, 40))
 def test_any_unit_size_gives_the_same_documents(
-    tmp_path: Path, mode: str, lines: list[str], end: str, unit_bytes: int
+    tmp_path: Path, mode: str, lines: list[str], mark: bool, end: str, unit_bytes: int
 ) -> None:
     if mode == "jsonl":
         lines = [json.dumps({"text": line}) if line.strip() else line for line in lines]
     path = tmp_path / ("a.jsonl" if mode == "jsonl" else "a.txt")
-    path.write_bytes(("\n".join(lines) + end).encode())
+    path.write_bytes(codecs.BOM_UTF8 * mark + ("\n".join(lines) + end).encode())
     corpus = Corpus([path], txt_documents="file" if mode == "jsonl" else mode)
     (whole,) = corpus.units(MIB)
     expected = [record.text for record in corpus.records(whole)]
@@ -114,6 +115,14 @@ def test_a_line_that_fills_many_units_is_read_once(
     records = [record for unit in corpus.units(MIB // 64) for record in corpus.records(unit)]
     assert [type(record).__name__ for record in records] == ["Invalid" if limit < MIB else "Document", "Document"]
     assert read[0] < 2.2 * MIB
+
+
+@pytest.mark.parametrize("unit_bytes", [5, 64, 1000])
+def test_blanks_longer_than_a_line_may_be_are_no_blank_line_in_any_unit(tmp_path: Path, unit_bytes: int) -> None:
+    path = write_bytes(tmp_path / "a.txt", b"first\n" + b" " * 99 + b"\nsecond\n" + b" " * 98 + b"\nthird\n")
+    corpus = Corpus([path], txt_documents="blank-line", on_error="skip", max_record_bytes=99)
+    found = [record for unit in corpus.units(unit_bytes) for record in corpus.records(unit)]
+    assert [type(record).__name__ for record in found] == ["Invalid", "Document"]
 
 
 def test_many_lines_without_a_blank_one_between_them_are_bounded_like_one(tmp_path: Path) -> None:

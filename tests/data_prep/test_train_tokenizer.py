@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import subprocess
 import sys
@@ -75,6 +76,28 @@ def test_reading_may_end_early_and_says_so(tmp_path: Path, capsys: pytest.Captur
     assert "warning: --read-bytes ended the reading, and the rest of the corpus is not in the sample" in out
     all_of_it, some = (load_tokenizer(tmp_path / f"{name}.json") for name in ("all", "some"))
     assert len(all_of_it.encode("\u4e2d" * 8)) < len(some.encode("\u4e2d" * 8)) == 24
+
+
+def test_an_input_that_is_left_out_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = write_jsonl(tmp_path / "good.jsonl", make_documents(100))
+    damaged = tmp_path / "damaged.jsonl.gz"
+    damaged.write_bytes(gzip.compress(good.read_bytes())[:-20])
+    options = [
+        "--vocab-size",
+        "280",
+        "--split",
+        "all",
+        "--output",
+        str(tmp_path / "x.json"),
+        "--on-error",
+        "skip-files",
+    ]
+    assert train_tokenizer.main([str(good), str(damaged), *options]) == 0
+    said = f"left out, it could not be read: {damaged} is damaged"
+    assert f"warning: {said}" in capsys.readouterr().out
+    (tmp_path / "x.json").unlink()
+    assert train_tokenizer.main([str(damaged), *options]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_json_tokenizer_is_the_same_in_every_process(tmp_path: Path) -> None:
