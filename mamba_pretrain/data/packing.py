@@ -26,6 +26,7 @@ TOKENS: Final = [c_void_p, c_int64, c_uint64]
 ROWS: Final = [c_void_p, c_int64, c_int64, *[c_void_p] * 4]
 ARGUMENTS: Final = {
     "windows": [*TOKENS, c_void_p, c_int64, *ROWS],
+    "searched": [*TOKENS, *[c_int64] * 4, *ROWS],
     "packed": [*TOKENS, *[c_void_p] * 3, c_int64, c_int64, *ROWS],
 }
 WIDTHS: Final = (1, 2, 4, 8)  # bytes of a token
@@ -185,7 +186,16 @@ class Windows(_Pieces):
         shard, length = self.shard, self.seq_len
         read = partial(functions["windows", shard.dtype.itemsize], shard.stored_address, shard.n_tokens, self._limit)
 
+        if (starts := shard.resident_starts) is not None:
+            resident = partial(read, shard.starts_address, len(starts))
+            return lambda rows, outputs: resident(_address(rows), len(rows), length, *outputs)
+        searched = partial(functions["searched", shard.dtype.itemsize], *read.args, *shard.index_file)
+
         def search(rows: NDArray[np.int64], outputs: Outputs) -> int:
+            refused: int = searched(_address(rows), len(rows), length, *outputs)
+            if refused < 0:
+                return refused
+            # An index that is not as plain as ours, or damaged.
             ids, labels, seq_idx, padding = outputs
             for b, row in enumerate(rows.tolist()):
                 starts, before = shard.document_starts(row * length + 1, (row + 1) * length + 1), 8 * b * length
@@ -194,10 +204,7 @@ class Windows(_Pieces):
                     return b
             return -1
 
-        if (starts := shard.resident_starts) is None:
-            return search
-        resident = partial(read, shard.starts_address, len(starts))
-        return lambda rows, outputs: resident(_address(rows), len(rows), length, *outputs)
+        return search
 
 
 class Packed(_Pieces):

@@ -50,7 +50,7 @@ class _Numbers:
     """
 
     def __init__(self, path: Path, stream: FileIO, offset: int, count: int) -> None:
-        self._path, self._stream, self._offset, self._count = path, stream, offset, count
+        self._path, self._stream, self.offset, self._count = path, stream, offset, count
         self._known: dict[int, int] = {}  # all searches begin with the same numbers
 
     def __getitem__(self, i: int) -> int:
@@ -64,6 +64,10 @@ class _Numbers:
     def __len__(self) -> int:
         raise AssertionError("bisect is told the ends")
 
+    @property
+    def descriptor(self) -> int:
+        return self._stream.fileno()
+
     def read(self, first: int, last: int) -> list[int]:
         """Numbers [first, last). Raises ShardError where there are none: a damaged index leads there."""
         if not 0 <= first <= last <= self._count:
@@ -71,7 +75,7 @@ class _Numbers:
                 f"{self._path} leads to its entries {first:,} to {last:,} of {self._count:,}: the index is damaged, "
                 "see python -m data_prep.verify_shards"
             )
-        data = os.pread(self._stream.fileno(), 8 * (last - first), self._offset + 8 * first)
+        data = os.pread(self._stream.fileno(), 8 * (last - first), self.offset + 8 * first)
         return list(struct.unpack(f"<{last - first}q", data))
 
 
@@ -236,6 +240,12 @@ class Shard:
         offsets = HEADER.size + 4 * self.n_sequences
         pointers = _Numbers(self._idx, stream, offsets, self.n_sequences)
         return pointers, _Numbers(self._idx, stream, offsets + 8 * self.n_sequences, self.n_documents + 1)
+
+    @property
+    def index_file(self) -> tuple[int, int, int, int]:
+        """Its descriptor, where byte offsets and document index begin in it, and how many sequences it has."""
+        pointers, index = self._numbers
+        return pointers.descriptor, pointers.offset, index.offset, self.n_sequences
 
     def document_edges(self, first: int, stop: int) -> NDArray[np.int64]:
         """Where documents [first, stop) begin, and where the last of them ends: (stop - first + 1,) token positions.

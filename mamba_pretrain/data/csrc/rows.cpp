@@ -3,9 +3,12 @@
 // Tokens are read as unsigned numbers, of which negative ids are the largest, and each must be below `limit`. Every
 // function returns -1, or the first row that it cannot make; the caller finds out why. B rows of L tokens.
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 // The same code for several widths of vectors; the loader of the library chooses. glibc has what that takes.
 #if defined(__x86_64__) && defined(__GLIBC__)
@@ -76,6 +79,74 @@ INLINED int64_t windows(const Token* tokens, int64_t n_tokens, uint64_t limit, c
     return -1;
 }
 
+// An index file: byte offsets of n sequences at `offsets`, and as many documents' first sequences at `documents`.
+struct Index {
+    int fd;
+    int64_t offsets, documents, n;
+};
+
+bool read_numbers(int fd, int64_t at, int64_t count, int64_t* numbers) {
+    return pread(fd, numbers, count * sizeof *numbers, at) == static_cast<int64_t>(count * sizeof *numbers);
+}
+
+// The tokens (of `width` bytes) in [begin, end) with which documents begin. Reads a few pages of the file: documents are
+// of similar lengths, so that the place of the first is guessed, and after two guesses halved once. False where each
+// document is not one sequence, some are empty or out of order, or the file ends: that is for Python to look at.
+bool find_documents(const Index& index, int64_t begin, int64_t end, int64_t total, int64_t width,
+                    std::vector<int64_t>& found) {
+    constexpr int64_t COUNT = 256;
+    int64_t numbers[COUNT];
+    int64_t low = 0, high = index.n;  // the first that is not below begin is one of [low, high]
+    double before = 0, after = static_cast<double>(total) * width;
+    const int64_t target = begin * width, stop = end * width;
+    for (int step = 1; low < high; step++) {
+        const double share = after > before ? (target - before) / (after - before) : 0.5;
+        const int64_t guess = low + static_cast<int64_t>((high - low) * (step % 3 ? share : 0.5)) - COUNT / 2;
+        const int64_t first = std::max(low, std::min(guess, high - COUNT)), count = std::min(COUNT, high - first);
+        if (!read_numbers(index.fd, index.offsets + 8 * first, count, numbers)) return false;
+        if (numbers[0] >= target) {
+            high = first, after = numbers[0];
+        } else if (numbers[count - 1] < target) {
+            low = first + count, before = numbers[count - 1];
+        } else {
+            low = high = first + (std::lower_bound(numbers, numbers + count, target) - numbers);
+        }
+    }
+    found.clear();
+    for (bool more = true; more;) {
+        const int64_t next = low + found.size(), count = std::min(COUNT, index.n - next);
+        if (!read_numbers(index.fd, index.offsets + 8 * next, count, numbers)) return false;
+        int64_t i = 0;
+        for (; i < count && numbers[i] < stop; i++) {
+            const int64_t token = numbers[i] / width;
+            if (token < begin || (!found.empty() && token <= found.back())) return false;
+            found.push_back(token);
+        }
+        more = i == COUNT;
+    }
+    for (int64_t i = 0; i < static_cast<int64_t>(found.size()); i += COUNT) {
+        const int64_t count = std::min<int64_t>(COUNT, found.size() - i);
+        if (!read_numbers(index.fd, index.documents + 8 * (low + i), count, numbers)) return false;
+        for (int64_t k = 0; k < count; k++)
+            if (numbers[k] != low + i + k) return false;
+    }
+    return true;
+}
+
+// As `windows`, with documents looked up in the file.
+template <class Token>
+int64_t searched(const Token* tokens, int64_t n_tokens, uint64_t limit, Index index, const int64_t* rows, int64_t B,
+                 int64_t L, Outputs out) {
+    std::vector<int64_t> found;
+    for (int64_t b = 0; b < B; b++) {
+        if (rows[b] < 0 || (rows[b] + 1) * L >= n_tokens) return b;
+        if (!find_documents(index, rows[b] * L + 1, (rows[b] + 1) * L + 1, n_tokens, sizeof(Token), found)) return b;
+        const Outputs at{out.ids + b * L, out.labels + b * L, out.seq_idx + b * L, out.padding + b};
+        if (windows(tokens, n_tokens, limit, found.data(), found.size(), rows + b, 1, L, at) >= 0) return b;
+    }
+    return -1;
+}
+
 template <class Number>
 Number at(const char* numbers, int64_t i) {  // of a file in which they are not aligned
     Number number;
@@ -118,6 +189,13 @@ INLINED int64_t packed(const Token* tokens, int64_t n_tokens, uint64_t limit, co
                               int64_t n, const int64_t* rows, int64_t B, int64_t L, int64_t* ids, int64_t* labels,     \
                               int32_t* seq_idx, int64_t* padding) {                                                    \
         return windows(tokens, n_tokens, limit, documents, n, rows, B, L, {ids, labels, seq_idx, padding});            \
+    }                                                                                                                  \
+    extern "C" int64_t rows_searched_##bytes(const Token* tokens, int64_t n_tokens, uint64_t limit, int64_t fd,        \
+                                             int64_t offsets, int64_t documents, int64_t n, const int64_t* rows,       \
+                                             int64_t B, int64_t L, int64_t* ids, int64_t* labels, int32_t* seq_idx,    \
+                                             int64_t* padding) {                                                       \
+        const Index index{static_cast<int>(fd), offsets, documents, n};                                                \
+        return searched(tokens, n_tokens, limit, index, rows, B, L, {ids, labels, seq_idx, padding});                  \
     }                                                                                                                  \
     ROWS rows_packed_##bytes(const Token* tokens, int64_t n_tokens, uint64_t limit, const char* starts,                \
                              const char* lengths, const char* bounds, int64_t n_pieces, int64_t n_rows,                \
