@@ -75,7 +75,7 @@ def run(config: Config) -> int:
             if ranks.first:
                 stack.enter_context(only_run_in(directory))
         require_shared(directory, ranks)
-        preemption = stack.enter_context(Preemption())
+        preemption = stack.enter_context(Preemption(stay=ranks.world > 1))
         watch = stack.enter_context(Watch(ranks, config.train.hang_minutes, directory, preemption))
         watch.beat(SLOWLY)
         this = build(config, ranks)

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import islice
@@ -17,6 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.random  # torch seeds it in every loader process, each of which would import it anew
 import torch
+import torch.distributed
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -25,6 +27,7 @@ from mamba_pretrain.data.mixture import Mixture, Stage
 from mamba_pretrain.data.packing import Block, Rows, Windows
 from mamba_pretrain.data.shards import Shard, ShardError
 
+SETTLE_S: Final = 0.1  # 0.005 is enough where cores are idle
 AHEAD: Final = 4096  # samples whose places are computed at once: one by one that would take longer than to read them
 
 
@@ -88,6 +91,10 @@ def batches(
     micro_batches = _MicroBatches(dataset, micro_batch_size, first_sample + (rank - first_sample) % world, world)
     if not workers and not torch.cuda.is_available():  # a DataLoader would only add its own time
         yield from micro_batches.read()
+    if workers and torch.distributed.is_available() and torch.distributed.is_initialized():
+        # gloo's threads drop the tensors of an exchange some time after it, and Python gives them a lock for it. A
+        # process that is forked meanwhile waits for that lock for ever (CPython 3.11; one fork of 1,600 in a loop).
+        time.sleep(SETTLE_S)
     running: Iterator[Batch | ShardError] = iter(
         DataLoader(
             micro_batches,

@@ -87,11 +87,13 @@ class Preemption(AbstractContextManager["Preemption"]):
     """Turns SIGTERM, SIGINT and SIGUSR1 into a reason to stop that the trainer reads between steps.
 
     A second SIGINT raises KeyboardInterrupt at once, for someone who does not want to wait for the save. Earlier
-    handlers come back at the end.
+    handlers come back at the end, but not where `stay`: a process that `leave` will end keeps these, as schedulers
+    signal more than once, and what comes after the save must not change how the run is seen to end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, stay: bool = False) -> None:
         self.reason: str | None = None
+        self._stay = stay
         self._interrupted = False
 
     def request(self, reason: str) -> None:
@@ -110,8 +112,9 @@ class Preemption(AbstractContextManager["Preemption"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._earlier.items():
-            signal.signal(number, handler)
+        if not self._stay:
+            for number, handler in self._earlier.items():
+                signal.signal(number, handler)
 
 
 def leave(code: int) -> NoReturn:
@@ -121,12 +124,13 @@ def leave(code: int) -> NoReturn:
     during the finalization aborts the process, and a preemption looks like a failure (seen in one of seven runs of two
     ranks on busy cores, PyTorch 2.13).
     """
-    for number in SIGNALS:  # as schedulers signal more than once; the outcome is known
+    for number in SIGNALS:  # the outcome is known
         signal.signal(number, signal.SIG_IGN)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
+            if stream is not None:  # else it was closed when the process began
+                stream.flush()
         except (OSError, ValueError):  # nobody reads it any more, or its disk is full
             code = code or 120  # as Python itself says it
     os._exit(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import multiprocessing
 import os
 import socket
 import sys
@@ -87,6 +88,8 @@ class Watch(AbstractContextManager["Watch"]):
         )
         faulthandler.dump_traceback()
         time.sleep(GRACE_S)
+        for child in multiprocessing.active_children():  # which may hang themselves, and would hold ports and pipes
+            child.kill()
         os._exit(EXIT_HUNG)
 
 

@@ -74,9 +74,15 @@ def compare(config: Config, world: int, gpu: GPU, assume: Assumptions) -> list[L
     """
     problems = validate(_with(config, {"train.engine": "single" if world == 1 else "zero"}), world)
     if problems:
+        if config.sequences_per_step % world:
+            problems.append(
+                f"{config.sequences_per_step} sequences a step cannot be divided over {world} GPUs, whatever the "
+                "micro-batch: change train.batch_tokens or --gpus"
+            )
         raise ConfigError(problems)
+    rows = {"train.micro_batch_size": config.train.micro_batch_size}
     return [
-        _layout(config, engine | {"train.activation_checkpointing": again}, world, gpu, assume)
+        _layout(config, engine | {"train.activation_checkpointing": again} | rows, world, gpu, assume)
         for engine in (_offloaded(config, engine) for engine in _engines(world, assume.gpus_per_node))
         for again in (False, True)
     ]

@@ -51,6 +51,7 @@ def plan(config: Config, arguments: argparse.Namespace) -> str:
     if json_file is not None:
         figures = {
             "gpus": world,
+            "configured_micro_batch_size": configured.train.micro_batch_size,
             "gpu": {"name": gpu_name, **asdict(gpu)},
             "assumptions": asdict(assume) | {"reserved_bytes": RESERVED_BYTES, "margin": MARGIN},
             "layouts": [layout.to_json() for layout in layouts],
@@ -59,7 +60,10 @@ def plan(config: Config, arguments: argparse.Namespace) -> str:
         json_file.write_text(json.dumps(figures, indent=1) + "\n")
     text = _text(config, world, gpu_name, gpu, assume, layouts, best)
     if (wanted := configured.train.micro_batch_size) != config.train.micro_batch_size:
-        text += f"\nThe configured micro-batch of {wanted} does not divide the batch on {world} GPUs."
+        text += (
+            f"\nThe configured micro-batch of {wanted} does not divide the batch on {world} GPUs; the tables are for "
+            f"{config.train.micro_batch_size}."
+        )
     return text
 
 

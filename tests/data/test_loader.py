@@ -158,6 +158,18 @@ def test_a_loader_process_that_ends_is_one_message(dataset: WindowDataset) -> No
         list(running)
 
 
+def test_loader_processes_are_forked_when_the_threads_of_an_exchange_have_rested(
+    dataset: WindowDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else some of them never begin."""
+    order: list[str] = []
+    monkeypatch.setattr(loader.torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(loader.time, "sleep", lambda seconds: order.append(f"rest {seconds}"))
+    monkeypatch.setattr(loader, "DataLoader", lambda *_, **__: order.append("fork") or iter([{}]))
+    next(batches(dataset, micro_batch_size=1, first_sample=0, rank=0, world=2, workers=1))
+    assert order == ["rest 0.1", "fork"]
+
+
 SCRIPT = """
 import signal, sys
 from mamba_pretrain.data.loader import WindowDataset, batches

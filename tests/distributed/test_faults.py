@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from mamba_pretrain.distributed.engine import MODEL
 from mamba_pretrain.distributed.env import EXIT_HUNG, EXIT_PREEMPTED
 from mamba_pretrain.distributed.ranks import PeerError
 from mamba_pretrain.distributed.watch import launchers
+from mamba_pretrain.metrics import Sinks
 from tests.helpers.engines import CURVE, ENGINES, alone, relative, slow_but
 from tests.helpers.engines import train as train_curve
 from tests.helpers.processes import exit_codes, in_processes, on_ranks
@@ -57,7 +59,7 @@ def rank() -> int:
 @pytest.mark.parametrize(
     ("name", "number"),
     slow_but(
-        [],
+        [("fsdp-2", signal.SIGTERM)],
         [("fsdp-2", signal.SIGTERM), ("fsdp-2", signal.SIGINT), ("fsdp-2", signal.SIGUSR1), ("zero-3", signal.SIGTERM)],
     ),
 )
@@ -82,6 +84,29 @@ def test_a_signal_to_any_one_rank_stops_all_after_the_same_saved_step(
     expected = alone(dataset, tmp_path / "alone", "train.steps=8").losses
     assert [losses(tmp_path)[step] for step in range(1, 9)] == pytest.approx(expected, rel=1e-5)
     assert json.loads((tmp_path / "outcome.json").read_text())["outcome"] == "finished"
+
+
+def test_signals_while_the_ranks_take_their_leave_do_not_change_how_the_run_ends(dataset: Path, tmp_path: Path) -> None:
+    """Rank 0's sinks take a second to close, and the others wait for it."""
+
+    def again() -> None:
+        while not (tmp_path / "outcome.json").exists():
+            time.sleep(0.01)
+        while True:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.02)
+
+    def work() -> int:
+        torch.set_num_threads(1)
+        close = Sinks.close
+        if rank() == 0:
+            Sinks.close = lambda sinks: time.sleep(1) or close(sinks)  # type: ignore[method-assign]
+        at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        threading.Thread(target=again, daemon=True).start()
+        return main(words(dataset, tmp_path, *ENGINES["fsdp-2"][1], "train.steps=8"))
+
+    assert exit_codes(2, work) == [EXIT_PREEMPTED, EXIT_PREEMPTED]
+    assert json.loads((tmp_path / "outcome.json").read_text())["outcome"] == "preempted"
 
 
 @pytest.mark.parametrize("name", slow_but(["fsdp-2"], ["fsdp-2", "hsdp-2x2", "zero-1", "zero-2", "zero-3"]))

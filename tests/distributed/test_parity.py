@@ -15,7 +15,7 @@ def reference(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Curve:
     return alone(dataset, tmp_path_factory.mktemp("alone"))
 
 
-@pytest.mark.parametrize("name", slow_but(["fsdp-2"], ENGINES))
+@pytest.mark.parametrize("name", slow_but(["fsdp-2", "zero-3"], ENGINES))
 def test_losses_norms_and_weights_are_those_of_one_process(
     name: str, dataset: Path, tmp_path: Path, reference: Curve
 ) -> None:

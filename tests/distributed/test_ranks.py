@@ -247,7 +247,7 @@ def test_a_taken_meeting_point_ends_every_rank_soon(listener: str, monkeypatch: 
 def test_a_rank_leaves_with_its_own_code_though_a_thread_of_gloo_still_waits_for_python() -> None:
     """Which would abort it: `sys.exit(75)` in the last line ends this script with SIGABRT."""
     script = (
-        "import atexit, sys, time, torch, torch.distributed as dist\n"
+        "import atexit, os, signal, sys, time, torch, torch.distributed as dist\n"
         "from mamba_pretrain.distributed.env import leave\n"
         "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
         "group = dist.group.WORLD\n"
@@ -255,13 +255,14 @@ def test_a_rank_leaves_with_its_own_code_though_a_thread_of_gloo_still_waits_for
         "dist.all_reduce(torch.ones(1), async_op=True)\n"
         "end = time.perf_counter() + 0.3\n"
         "while time.perf_counter() < end: pass\n"
-        "atexit.register(print, 'at exit')\n"
-        "print('said', end=' ')\n"
-        "import os, signal; atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
+        "atexit.register(os.write, 1, b'at exit')\n"
+        "print('said', end=' ', flush=True)\n"
+        "sys.stdout = None  # as where it was closed before\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
         "leave(75)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert (done.returncode, done.stdout) == (75, "said at exit\n"), done.stderr
+    assert (done.returncode, done.stdout) == (75, "said at exit"), done.stderr
 
 
 @pytest.mark.slow
