@@ -56,7 +56,7 @@ def srun(stack: contextlib.ExitStack, words: list[str], directory: Path, port: i
 
 def test_torchruns_own_command(dataset: Path, finished: Path, tmp_path: Path) -> None:
     """Ours, launch.torchrun, is what the tests of signals and restarts start."""
-    words = train_words(dataset, tmp_path / "run", "train.engine=fsdp")
+    words = train_words(dataset, tmp_path / "run", "train.engine=fsdp", "data.workers=1")
     start = [BIN / "torchrun", "--standalone", "--nproc-per-node=2"]
     with Launched([*start, "launch/train.py", *words], tmp_path / "log") as launched:
         assert launched.wait() == 0, launched.said
