@@ -48,6 +48,7 @@ def fetched(url: str, directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+@pytest.mark.slow
 def test_one_run_with_workers_uploads_the_same_dataset(corpus: Path, bucket: str, tmp_path: Path) -> None:
     assert build(corpus, tmp_path / "local") == 0
     assert build(corpus, bucket, processes="2") == 0
@@ -57,6 +58,7 @@ def test_one_run_with_workers_uploads_the_same_dataset(corpus: Path, bucket: str
     assert verify(tmp_path / "data") == []
 
 
+@pytest.mark.slow
 def test_tasks_leave_parts_and_the_merge_takes_them(
     corpus: Path, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,7 +65,7 @@ def live_dtypes(ranks: Ranks, dataset: Path, run_dir: Path, options: list[str]) 
     return {"seen": {key: sorted(value) for key, value in seen.items()}, "products": {str(p) for p in products}}
 
 
-@pytest.mark.parametrize("engine", slow_but(["single", "fsdp-2", "zero-3"], ["single", *ENGINES]))
+@pytest.mark.parametrize("engine", slow_but(["single", "fsdp-2"], ["single", *ENGINES]))
 def test_in_bf16_what_must_be_fp32_is_fp32_within_the_forward_pass(engine: str, dataset: Path, tmp_path: Path) -> None:
     world, options = names(engine)
     arguments = (dataset, tmp_path, options)
@@ -80,7 +80,8 @@ def test_in_bf16_what_must_be_fp32_is_fp32_within_the_forward_pass(engine: str, 
         assert seen[f"computed {kind}"] == ["torch.float32"]
 
 
-@pytest.mark.parametrize("name", slow_but(["fsdp-2"], ENGINES))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENGINES)
 def test_bf16_curves_lie_in_a_narrow_band_around_one_process(
     name: str, dataset: Path, tmp_path: Path, bf16_reference: Curve
 ) -> None:
@@ -119,7 +120,7 @@ def decay_only(ranks: Ranks, dataset: Path, run_dir: Path, options: list[str]) -
     return found
 
 
-@pytest.mark.parametrize("engine", slow_but(["single", "fsdp-2", "zero-2"], ["single", *ENGINES]))
+@pytest.mark.parametrize("engine", slow_but(["single", "fsdp-2"], ["single", *ENGINES]))
 def test_decay_goes_by_name_and_padding_rows_stay(engine: str, dataset: Path, tmp_path: Path) -> None:
     world, options = names(engine)
     arguments = (dataset, tmp_path, options)
@@ -207,7 +208,7 @@ def fp16_steps(ranks: Ranks, dataset: Path, run_dir: Path, options: list[str]) -
     return [(step.loss, step.result.skipped, step.result.loss_scale) for step in steps(run)]
 
 
-@pytest.mark.parametrize("name", slow_but(["zero-2"], ["zero-1", "zero-2", "zero-3", "fsdp-2"]))
+@pytest.mark.parametrize("name", slow_but(["fsdp-2"], ["zero-1", "zero-2", "zero-3", "fsdp-2"]))
 def test_fp16_scales_the_loss_and_halves_the_scale_together(name: str, dataset: Path, tmp_path: Path) -> None:
     world, options = ENGINES[name]
     expected = fp16_in_a_process(dataset, tmp_path / "alone")

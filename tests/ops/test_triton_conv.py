@@ -91,6 +91,7 @@ def test_no_steps_leave_the_state_as_it_was() -> None:
     assert found["dinitial_state"].abs().min() > 0
 
 
+@pytest.mark.slow
 def test_the_same_every_time() -> None:
     inputs, seq_idx = draw(2, 40, 17, 4), reference.layouts(2, 40).to(DEVICE)
     once, twice = (run(causal_conv1d, inputs, seq_idx) for _ in range(2))

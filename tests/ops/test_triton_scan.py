@@ -78,6 +78,7 @@ def test_equals_the_equations(length: int, inner: int, state: int, documents: bo
     assert_near(run(selective_scan, inputs, seq_idx), exact(inputs, seq_idx), 3e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [triton_scan.CHUNK, triton_scan.CHUNK + 1])
 def test_equals_the_equations_around_a_whole_chunk(length: int) -> None:
     inputs, seq_idx = draw(1, length, 17, 16), reference.layouts(1, length, density=0.05).to(DEVICE)
@@ -169,6 +170,7 @@ def test_narrow_inputs_cost_one_rounding_of_the_output(dtype: torch.dtype) -> No
 
 
 @pytest.mark.usefixtures("short_chunks")
+@pytest.mark.slow
 def test_the_same_every_time_and_under_autocast() -> None:
     inputs, seq_idx = draw(2, 9, 5, 4), reference.layouts(2, 9).to(DEVICE)
     once, twice, cast = (run(selective_scan, inputs, seq_idx, autocast=autocast) for autocast in (False, False, True))
