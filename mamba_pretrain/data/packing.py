@@ -245,7 +245,7 @@ class Packed(_Pieces):
 
 def _address(array: NDArray[Any]) -> int:
     """Of the first number; array.ctypes.data takes four times as long. For fresh arrays, which can be written."""
-    return addressof(c_char.from_buffer(array))  # type: ignore[arg-type]  # an array is a buffer
+    return addressof(c_char.from_buffer(array.data))
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -34,8 +35,8 @@ class Opaque(BytesTokenizer):
 
     pieces = None
 
-    def _join(self, ids: object) -> bytes:
-        return bytes(ids)  # type: ignore[call-overload, no-any-return]
+    def _join(self, ids: Sequence[int]) -> bytes:
+        return bytes(ids)
 
 
 @pytest.fixture(params=[True, False], ids=["compiled", "python"])
