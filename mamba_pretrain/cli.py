@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +29,7 @@ from mamba_pretrain.plan.report import add_arguments
 from mamba_pretrain.train import NonFiniteError
 
 EXIT_LOST, EXIT_USER, EXIT_NONFINITE, EXIT_INTERRUPTED = 1, 2, 3, 130
+FOLLOW_S = 2.0  # torchrun calls the earliest end the root cause, by clocks of whole seconds
 USER_ERRORS = (
     ConfigError,
     ShardError,
@@ -93,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"cause, or that rank was killed ({reason})",
             file=sys.stderr,
         )
+        time.sleep(FOLLOW_S)
         return EXIT_LOST
 
 
