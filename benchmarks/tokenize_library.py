@@ -30,14 +30,16 @@ class Library:
         self.is_json = Path(path).suffix == ".json"
 
     def encode(self, text: str) -> list[int]:
-        if self.is_json:
-            return list(self.model.encode(text, add_special_tokens=False).ids)
-        return list(self.model.encode(text))
+        ids: list[int] = (
+            self.model.encode(text, add_special_tokens=False).ids if self.is_json else self.model.encode(text)
+        )
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if self.is_json:
             return [one.ids for one in self.model.encode_batch(texts, add_special_tokens=False)]
-        return list(self.model.encode(list(texts), num_threads=1))
+        ids: list[list[int]] = self.model.encode(list(texts), num_threads=1)
+        return ids
 
 
 class Loop:

@@ -156,19 +156,23 @@ def make_parts(corpus: Corpus, store: Store, plan: Plan, chosen: range, processe
 def _worker(corpus: Corpus, plan: Plan, store: Store) -> Callable[[Task, Callable[[Progress], None]], Counts | Failed]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one core's
     logging.getLogger("mamba_pretrain").setLevel(logging.ERROR)  # the parent has warned
+    return partial(write_part, corpus=corpus, plan=plan, store=store, encodings=_encodings(store, plan))
+
+
+def _encodings(store: Store, plan: Plan) -> encodings.Encodings:
     tokenizer = planned_tokenizer(store, plan)
-    return partial(write_part, corpus=corpus, plan=plan, store=store, tokenizer=tokenizer)
+    return encodings.Encodings(tokenizer, token_dtype(tokenizer.vocab_size))
 
 
 def _in_process(
     tasks: deque[Task], corpus: Corpus, plan: Plan, store: Store, report: Callable[[Task, Progress], None]
 ) -> Generator[tuple[Task, Counts | Failed]]:
-    tokenizer = planned_tokenizer(store, plan)
+    ready = _encodings(store, plan)
     while tasks:
         task = tasks.popleft()
         yield (
             task,
-            write_part(task, partial(report, task), corpus=corpus, plan=plan, store=store, tokenizer=tokenizer),
+            write_part(task, partial(report, task), corpus=corpus, plan=plan, store=store, encodings=ready),
         )
 
 

@@ -321,19 +321,24 @@ def split_rule(fractions: Sequence[float], seed: int) -> SplitRule:
     if not abs(seed) < 2**63:
         raise CorpusError(f"--seed {seed}: expected a number of at most 63 bits")
     shares = {split: float(share) for split, share in zip(SPLITS, fractions, strict=True) if share > 0}
-    return SplitRule(seed, shares, "blake2b-64 of the UTF-8 text, keyed by the seed, against cumulated fractions")
+    how = "blake2b-64, keyed by the seed, of the first 16 bytes of the text's sha256, against cumulated fractions"
+    return SplitRule(seed, shares, how)
 
 
-def split_of(text: str | bytes, source: str, rule: SplitRule) -> str:
-    """The split of a document, by its text or its UTF-8, and the input it is of.
+def digest_of(utf8: bytes) -> bytes:
+    """16 bytes that only copies of a document share, of a hash that processors have instructions for."""
+    return hashlib.sha256(utf8).digest()[:16]
+
+
+def split_of(digest: bytes, source: str, rule: SplitRule) -> str:
+    """The split of a document, by its `digest_of` and the input it is of.
 
     Copies share it, so none is both trained on and tested on, unless inputs of given splits hold them.
     """
     if source in rule.inputs:
         return rule.inputs[source]
-    utf8 = text.encode() if isinstance(text, str) else text
-    digest = hashlib.blake2b(utf8, digest_size=8, key=b"split %d" % rule.seed).digest()
-    u, total = int.from_bytes(digest, "little") / 2**64, 0.0
+    keyed = hashlib.blake2b(digest, digest_size=8, key=b"split %d" % rule.seed).digest()
+    u, total = int.from_bytes(keyed, "little") / 2**64, 0.0
     for split, share in rule.fractions.items():
         total += share
         if u < total:

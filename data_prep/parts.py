@@ -2,7 +2,10 @@
 
 NUMBER.tokens       the token ids of its documents, one after the other, in the dataset's dtype
 NUMBER.documents    a ROW for each of them, in the same order
-NUMBER.json         counts; written last, so a part that has it is whole
+NUMBER.json         counts and hashes; written last
+
+They are checked where they are read, and a part that is not as it was written (after a power failure, say, as nothing
+here waits for the disk) is made again.
 
 Documents of one split keep the corpus's order; splits take turns every few megabytes.
 """
@@ -12,17 +15,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import struct
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from hashlib import blake2b, sha256
+from hashlib import sha256
 from typing import BinaryIO, Final
 
 import numpy as np
 
-from data_prep.corpus import Corpus, split_of
+from data_prep.corpus import Corpus, digest_of, split_of
 from data_prep.plan import Plan, name_of
 from data_prep.records import Document
 from data_prep.store import Store
@@ -30,13 +34,15 @@ from data_prep.streams import CorpusError, UnreadableError
 from mamba_pretrain.data.encodings import Encodings, OutsideError
 from mamba_pretrain.data.manifest import from_json
 from mamba_pretrain.data.shards import ShardError
-from mamba_pretrain.data.tokenizer import Tokenizer, TokenizerError
-from mamba_pretrain.data.writer import MAX_TOKENS, token_dtype
+from mamba_pretrain.data.tokenizer import TokenizerError
+from mamba_pretrain.data.writer import MAX_TOKENS
 from mamba_pretrain.files import DISK_FULL, sha256_of
+
+log = logging.getLogger("mamba_pretrain")
 
 ROW: Final = np.dtype(
     [
-        ("hash", "<u8", (2,)),  # blake2b-128 of the UTF-8 text
+        ("hash", "<u8", (2,)),  # digest_of the UTF-8 text
         ("text_bytes", "<i8"),
         ("words", "<i8"),
         ("tokens", "<i4"),  # with bos and eod
@@ -47,6 +53,7 @@ ROW: Final = np.dtype(
 PACK: Final = struct.Struct("<16sqqiBB").pack
 BATCH_CHARACTERS: Final = 1 << 18  # given to the tokenizer at a time
 BATCH_DOCUMENTS: Final = 1024
+KINDS: Final = ("tokens", "documents", "json")
 BUFFER_BYTES: Final = 1 << 22  # of tokens, before they are written or after they were read
 REPORT_S: Final = 1.0
 
@@ -89,30 +96,29 @@ class Failed:
 class PartWriter:
     """Encodes documents in batches and writes them as they come."""
 
-    def __init__(self, tokens: BinaryIO, rows: BinaryIO, tokenizer: Tokenizer, plan: Plan) -> None:
+    def __init__(self, tokens: BinaryIO, rows: BinaryIO, encodings: Encodings, plan: Plan) -> None:
         self.counts = Counts()
         self._files = rows, tokens
-        self._tokenizer, self._plan = tokenizer, plan
+        self._encodings, self._plan = encodings, plan
         self._splits = tuple(plan.split_rule.splits)
-        self._dtype = token_dtype(tokenizer.vocab_size)
-        self._encodings = Encodings(tokenizer, self._dtype)
-        self._bos = np.array([tokenizer.bos_id] * plan.adds_bos, self._dtype).tobytes()
-        self._eod = np.array([tokenizer.eod_id], self._dtype).tobytes()
-        self._batch: list[tuple[Document, bytes]] = []
+        tokenizer, dtype = encodings.tokenizer, encodings.dtype
+        self._bos = np.array([tokenizer.bos_id] * plan.adds_bos, dtype).tobytes()
+        self._eod = np.array([tokenizer.eod_id], dtype).tobytes()
+        self._batch: list[Document] = []
         self._characters = 0
         self._source = ""
         self._buffers = [(bytearray(), bytearray()) for _ in self._splits]  # rows, tokens
 
     def add(self, document: Document) -> None:
-        utf8 = document.text.encode()
-        if not utf8:
+        size = len(document.utf8)
+        if not size:
             self.counts.empty += 1
-        elif len(utf8) < self._plan.min_bytes:
+        elif size < self._plan.min_bytes:
             self.counts.too_short += 1
-        elif self._plan.max_bytes and len(utf8) > self._plan.max_bytes:
+        elif self._plan.max_bytes and size > self._plan.max_bytes:
             self.counts.too_long += 1
         else:
-            self._batch.append((document, utf8))
+            self._batch.append(document)
             self._characters += len(document.text)
             if self._characters >= BATCH_CHARACTERS or len(self._batch) >= BATCH_DOCUMENTS:
                 self._encode()
@@ -145,19 +151,21 @@ class PartWriter:
     def _encode(self) -> None:
         batch, self._batch, self._characters = self._batch, [], 0
         # All of a batch before the rest: the tokenizer's tables, and then ours, stay in the core's caches.
-        encoded = list(self._tokenizer.encode_batch([document.text for document, _ in batch]))
+        both = zip(*((document.text, document.utf8) for document in batch), strict=True)
+        encoded = list(self._encodings.tokenizer.encode_batch(*both))
         store, count_words = self._encodings.store, self._encodings.words
         rule, extra = self._plan.split_rule, 1 + self._plan.adds_bos
         n_tokens = n_bytes = split = 0
-        for (document, utf8), ids in zip(batch, encoded, strict=True):
-            length = len(ids) + extra
+        for document, ids in zip(batch, encoded, strict=True):
+            utf8, length = document.utf8, len(ids) + extra
             if length > MAX_TOKENS:
                 raise ShardError(
                     f"{document.source}:{document.line}: a document of {length:,} tokens; the format holds at most "
                     f"{MAX_TOKENS:,} in one: cut it, or leave it out with --max-bytes"
                 )
+            digest = digest_of(utf8)
             if len(self._splits) > 1:
-                split = self._splits.index(split_of(utf8, self._source, rule))
+                split = self._splits.index(split_of(digest, self._source, rule))
             rows, tokens = self._buffers[split]
             try:
                 stored, exact = store(ids, utf8)
@@ -166,7 +174,7 @@ class PartWriter:
             tokens += self._bos
             tokens += stored.data
             tokens += self._eod
-            rows += PACK(blake2b(utf8, digest_size=16).digest(), len(utf8), count_words(utf8), length, split, not exact)
+            rows += PACK(digest, len(utf8), count_words(utf8), length, split, not exact)
             n_tokens += length
             n_bytes += len(utf8)
         self.counts.documents += len(batch)
@@ -183,16 +191,16 @@ class PartWriter:
 
 
 def write_part(
-    task: Task, report: Callable[[Progress], None], *, corpus: Corpus, plan: Plan, store: Store, tokenizer: Tokenizer
+    task: Task, report: Callable[[Progress], None], *, corpus: Corpus, plan: Plan, store: Store, encodings: Encodings
 ) -> Counts | Failed:
     """Makes the part and puts it into the store, or says why not; then nothing of it is there."""
-    drafts = {kind: store.draft(f"{task.part:06d}.{kind}") for kind in ("documents", "tokens")}
+    drafts = {kind: store.draft(f"{task.part:06d}.{kind}") for kind in KINDS}
     try:
         with (
             drafts["tokens"].open("wb") as tokens,
             drafts["documents"].open("wb") as rows,
         ):
-            writer = PartWriter(tokens, rows, tokenizer, plan)
+            writer = PartWriter(tokens, rows, encodings, plan)
             for unit in plan.units_of(task.part):
                 report(_progress(unit, writer))
                 if unit in task.left_out:
@@ -200,9 +208,11 @@ def write_part(
                 else:
                     _read_unit(unit, writer, report, corpus, plan)
         for kind, draft in drafts.items():
-            writer.counts.sha256[kind] = sha256_of(draft)
+            if kind == "json":
+                draft.write_text(json.dumps(dataclasses.asdict(writer.counts)))
+            else:
+                writer.counts.sha256[kind] = sha256_of(draft)
             store.add(draft, f"{task.part:06d}.{kind}")
-        store.write(f"{task.part:06d}.json", json.dumps(dataclasses.asdict(writer.counts)).encode())
         return writer.counts
     except (CorpusError, ShardError, TokenizerError) as error:
         return Failed(str(error))
@@ -249,18 +259,20 @@ def _progress(unit: int, writer: PartWriter) -> Progress:
 
 def finished(store: Store, plan: Plan) -> dict[int, Counts]:
     """The parts that are there and are what the plan's --on-error would make: nothing left out unless it says so."""
-    found = {}
-    for name in sorted(store.names()):
+    found, names = {}, store.names()
+    for name in sorted(names):
         number, _, kind = name.partition(".")
         if kind != "json" or not number.isdecimal() or int(number) >= len(plan.parts):
+            continue
+        if not names.issuperset(f"{number}.{kind}" for kind in KINDS):
             continue
         try:
             counts = from_json(Counts, json.loads(store.read(name)), f"{store}/{name}")
             if counts.sha256.keys() != {"documents", "tokens"}:
                 raise ShardError(f"sha256 of {sorted(counts.sha256)}")
         except ValueError as error:
-            message = f"{store}/{name} is damaged ({error}): remove it, and start the same command again"
-            raise ShardError(message) from error
+            log.warning("%s/%s is not what was written, its part is made again: %s", store, name, error)
+            continue
         stop, skip = (plan.choices.on_error == choice for choice in ("stop", "skip"))
         if not ((stop and counts.skipped) or ((stop or skip) and counts.left_out)):
             found[int(number)] = counts
@@ -287,8 +299,7 @@ class Checked:
     """One of a part's files, read from its beginning to its end and held against its sha256."""
 
     def __init__(self, store: Store, part: int, kind: str, counts: Counts) -> None:
-        self._name = f"{part:06d}.{kind}"
-        self._path = f"{store}/{self._name}"
+        self._store, self._name = store, f"{part:06d}.{kind}"
         self._expected, self._digest = counts.sha256[kind], sha256()
         self._stream = store.open(self._name)
 
@@ -313,7 +324,8 @@ class Checked:
         self._stream.close()
 
     def _damaged(self, how: str) -> ShardError:
-        json_name = f"{self._name.partition('.')[0]}.json"
+        self._store.remove(f"{self._name.partition('.')[0]}.json")  # and with it the part
         return ShardError(
-            f"{self._path} {how}: it changed since it was made. Remove {json_name} beside it and start the build again"
+            f"{self._store}/{self._name} {how}: it is not what was written. Its part counts as missing from now on: "
+            "start the same command again"
         )

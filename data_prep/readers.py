@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
+
+import orjson
 
 from data_prep.records import Document, Invalid, Reading, Record, Unit, too_long
 from data_prep.streams import TooLong, blanks_before, content, lines
@@ -90,13 +93,21 @@ def read_jsonl(unit: Unit, reading: Reading) -> Iterator[Record]:
         if not line.strip():
             continue
         try:
-            fields = json.loads(line.decode())
+            fields = _parsed(line)
         except UnicodeDecodeError as error:
             yield Invalid(f"byte {line[error.start]:#04x} is not UTF-8", unit.source, number)
         except (ValueError, RecursionError) as error:
             yield Invalid(f"not JSON ({error})", unit.source, number)
         else:
             yield text_field(fields, reading.text_key, unit.source, number)
+
+
+def _parsed(line: bytes) -> Any:
+    """The value of a line. Raises UnicodeDecodeError, ValueError, RecursionError."""
+    try:
+        return orjson.loads(line)
+    except ValueError:  # it takes neither NaN nor half of a surrogate pair; Python's own does, and says what is wrong
+        return json.loads(line.decode())
 
 
 def text_field(fields: object, key: str, source: str, line: int) -> Record:

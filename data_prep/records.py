@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final
 
 NORMALIZATIONS: Final = ("none", "NFC", "NFD", "NFKC", "NFKD")
@@ -15,6 +16,10 @@ class Document:
     text: str
     source: str
     line: int  # where it begins: line, row or record, from 1; in a unit that starts within a text file, of that unit
+
+    @cached_property
+    def utf8(self) -> bytes:
+        return self.text.encode()
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def finished(record: Record, reading: Reading) -> Record:
     if record.text.isascii():
         return record
     try:
-        record.text.encode()
+        record.utf8  # noqa: B018  it is used, and kept
     except UnicodeEncodeError:
         return Invalid("the text holds half of a surrogate pair, which is not a character", record.source, record.line)
     if reading.normalization == "none":

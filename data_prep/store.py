@@ -1,6 +1,7 @@
 """Where the parts of a build and its result are kept: a local directory, or one on any file system fsspec knows.
 
-What a store holds under a name is whole: `write` and `add` replace it at once, and it is on disk when they return.
+What a store holds under a name is whole, however a process ends: `write` and `add` replace it at once. What was given
+to `write` is on disk when that returns; what was given to `add`, a power failure may spoil: its readers check it.
 """
 
 from __future__ import annotations
@@ -87,14 +88,13 @@ class LocalStore(Store):
         return [self._root / name for name in self.names() if DRAFT in name]
 
     def add(self, draft: Path, name: str) -> None:
-        sync(draft)
         draft.replace(self._root / name)
 
     def write(self, name: str, content: bytes) -> None:
         draft = self.draft(name)
         draft.write_bytes(content)
-        sync(self._root)  # what was added before is there if this is
-        self.add(draft, name)
+        sync(draft)
+        draft.replace(self._root / name)
         sync(self._root)
 
     def remove(self, name: str) -> None:

@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from data_prep.command import new_parser, run
-from data_prep.corpus import Corpus, add_split_arguments, chosen_rule, split_files, split_of
+from data_prep.corpus import Corpus, add_split_arguments, chosen_rule, digest_of, split_files, split_of
 from data_prep.records import Document
 from data_prep.streams import CorpusError
 from mamba_pretrain.data.tokenizer import TokenizerError, load_tokenizer
@@ -208,7 +208,7 @@ class _Reading:
                 if self._at_most is not None and self.n_bytes >= self._at_most:
                     self.ended_early = True
                     return
-                size = len(document.text.encode())
+                size = len(document.utf8)
                 self.n_bytes += size
                 bar.update(size)
                 if n % 1000 == 0:
@@ -221,7 +221,8 @@ def body(arguments: Namespace) -> int:
     corpus = Corpus.from_arguments(arguments, split_files(arguments))
     rule = chosen_rule(arguments)
     reading = _Reading(corpus.by_input(), arguments.read_bytes)
-    chosen = (d for source, d in reading if arguments.split in ("all", split_of(d.text, source, rule)))
+    in_all = arguments.split == "all"
+    chosen = (d for source, d in reading if in_all or split_of(digest_of(d.utf8), source, rule) == arguments.split)
     parts = passages(chosen) if output.suffix == ".json" else sentences(chosen)
     texts = sample(parts, arguments.sample_bytes, arguments.seed)
     left_out = [f"left out, it could not be read: {reason}" for reason in corpus.left_out]

@@ -7,7 +7,7 @@ import logging
 from ctypes import c_char_p, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ LIBRARY: Final = Library(
     ("encodings_words", *(f"encodings_store_{of_id}_{of_token}" for of_id, of_token in WIDTHS)),
     ("-std=c++17", "-O3", "-fPIC"),
 )
-PADDING: Final = bytes(8)  # the compiled comparison reads so far
+HEAD: Final = 15  # bytes, as in encodings.cpp
 
 log = logging.getLogger("mamba_pretrain")
 
@@ -33,37 +33,33 @@ class OutsideError(ValueError):
 
 
 class Encodings:
-    """Takes what `tokenizer.encode_batch` gives, to be stored as `dtype`."""
+    """Takes what `tokenizer.encode_batch` gives, to be stored as `dtype`. Made in 10 ms, it serves many parts."""
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> None:
-        self._tokenizer, self._dtype = tokenizer, dtype
-        self._bytes, self._ends = b"", None
-        if tokenizer.pieces is not None:
-            self._bytes = b"".join(tokenizer.pieces) + PADDING
-            self._ends = np.cumsum([len(piece) for piece in tokenizer.pieces], dtype=np.int64)
+        self.tokenizer, self.dtype = tokenizer, dtype
+        self._table = _table(tokenizer)
 
     def store(self, ids: Ids, utf8: bytes) -> tuple[NDArray[Any], bool]:
         """The ids (n,) as `dtype`, and whether they decode to exactly these bytes. Raises OutsideError."""
-        functions, tokenizer = compiled(), self._tokenizer
+        functions, tokenizer = compiled(), self.tokenizer
         if functions is None:
             if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
                 raise self._outside(int(np.argmax((ids < 0) | (ids >= tokenizer.vocab_size))), ids)
-            return ids.astype(self._dtype), tokenizer.decode_bytes(ids.tolist()) == utf8
-        stored, ends = np.empty(len(ids), self._dtype), self._ends
+            return ids.astype(self.dtype), tokenizer.decode_bytes(ids.tolist()) == utf8
+        stored, table = np.empty(len(ids), self.dtype), self._table
         found = functions["store", ids.itemsize, stored.itemsize](
             ids.ctypes.data,
             len(ids),
             tokenizer.vocab_size,
             stored.ctypes.data,
-            self._bytes,
-            None if ends is None else ends.ctypes.data,
+            *(table.addresses if table else (None, None, None)),
             tokenizer.drops_space,
             utf8,
             len(utf8),
         )
         if found < 0:
             raise self._outside(-1 - found, ids)
-        return stored, found == 1 if ends is not None else tokenizer.decode_bytes(ids.tolist()) == utf8
+        return stored, found == 1 if table else tokenizer.decode_bytes(ids.tolist()) == utf8
 
     def words(self, utf8: bytes) -> int:
         """How many `str.split` makes of the text."""
@@ -72,9 +68,29 @@ class Encodings:
 
     def _outside(self, i: int, ids: Ids) -> OutsideError:
         return OutsideError(
-            f"the tokenizer gives id {ids[i]}, its vocabulary has {self._tokenizer.vocab_size:,}: its file is damaged, "
+            f"the tokenizer gives id {ids[i]}, its vocabulary has {self.tokenizer.vocab_size:,}: its file is damaged, "
             "or of a version that the installed library does not know"
         )
+
+
+class _Table(NamedTuple):
+    """What encodings.cpp knows a tokenizer's pieces by: `heads`, `bytes` and `ends` there."""
+
+    arrays: tuple[NDArray[Any], ...]
+    addresses: tuple[int, ...]
+
+
+def _table(tokenizer: Tokenizer) -> _Table | None:
+    if tokenizer.pieces is None:
+        return None
+    joined = np.frombuffer(b"".join(tokenizer.pieces) + bytes(HEAD), np.uint8)
+    lengths = np.array([len(piece) for piece in tokenizer.pieces], np.int64)
+    ends = lengths.cumsum()
+    heads = np.empty((len(lengths), HEAD + 1), np.uint8)
+    heads[:, :HEAD] = joined[(ends - lengths)[:, None] + np.arange(HEAD)]
+    heads[:, HEAD] = np.minimum(lengths, 255)
+    arrays = (heads, joined, ends)
+    return _Table(arrays, tuple(array.ctypes.data for array in arrays))
 
 
 @cache
@@ -90,6 +106,6 @@ def compiled() -> dict[tuple[Any, ...], Any] | None:
     functions: dict[tuple[Any, ...], Any] = {("words",): words}
     for widths in WIDTHS:
         functions["store", *widths] = store = getattr(library, "encodings_store_{}_{}".format(*widths))
-        store.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_char_p, c_void_p, c_int64, c_char_p, c_int64]
+        store.argtypes = [c_void_p, c_int64, c_int64, *[c_void_p] * 4, c_int64, c_char_p, c_int64]
         store.restype = c_int64
     return functions

@@ -49,12 +49,12 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without bos and eod."""
 
-    def encode_batch(self, texts: list[str]) -> Iterator[Ids]:
-        """`encode` of each, at the least cost a text: what many documents are tokenized with."""
+    def encode_batch(self, texts: Sequence[str], utf8: Sequence[bytes]) -> Iterator[Ids]:
+        """`encode` of each, at the least cost a text: for many documents. `utf8` holds the same texts."""
         # By way of an array: of a list, numpy asks each number for its type.
         return (np.frombuffer(array("i", ids), np.int32) for ids in self._encode_lists(texts))
 
-    def _encode_lists(self, texts: list[str]) -> Iterator[list[int]]:
+    def _encode_lists(self, texts: Sequence[str]) -> Iterator[list[int]]:
         return map(self.encode, texts)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
@@ -115,8 +115,8 @@ class BytesTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def encode_batch(self, texts: list[str]) -> Iterator[Ids]:
-        return (np.frombuffer(text.encode(), np.uint8) for text in texts)
+    def encode_batch(self, texts: Sequence[str], utf8: Sequence[bytes]) -> Iterator[Ids]:
+        return (np.frombuffer(text, np.uint8) for text in utf8)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -166,10 +166,10 @@ class SentencePieceTokenizer(Tokenizer):
         first, *rest = text.split(SPACE_MARK)
         return self.encode(first) + [i for part in rest for i in (*self._mark, *self._model.encode(part))]
 
-    def encode_batch(self, texts: list[str]) -> Iterator[Ids]:
+    def encode_batch(self, texts: Sequence[str], utf8: Sequence[bytes]) -> Iterator[Ids]:
         if self._mark is not None and any(SPACE_MARK in text for text in texts):
-            return super().encode_batch(texts)
-        return (self._model.encode(text, return_type="numpy") for text in texts)  # a tenth faster than lists
+            return super().encode_batch(texts, utf8)
+        return (self._model.encode(text, return_type="numpy") for text in utf8)  # a tenth faster than lists
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -228,9 +228,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return list(self._model.encode(text, add_special_tokens=False).ids)
 
-    def _encode_lists(self, texts: list[str]) -> Iterator[list[int]]:
+    def _encode_lists(self, texts: Sequence[str]) -> Iterator[list[int]]:
         # "fast" leaves out the offsets of the tokens in the text, which nobody asks for here
-        return (encoding.ids for encoding in self._model.encode_batch_fast(texts, add_special_tokens=False))
+        return (encoding.ids for encoding in self._model.encode_batch_fast(list(texts), add_special_tokens=False))
 
     def _join(self, ids: Sequence[int]) -> bytes:
         if self.pieces is not None:

@@ -72,7 +72,7 @@ def test_an_encoding_gives_its_text_back_where_its_pieces_join_to_it(
 @pytest.mark.usefixtures("either")
 def test_ids_are_stored_in_either_width_and_known_to_give_the_text_back() -> None:
     utf8 = "a\u00e9\u4e2d".encode()
-    ids = next(BytesTokenizer().encode_batch([utf8.decode()]))
+    ids = next(BytesTokenizer().encode_batch([utf8.decode()], [utf8]))
     assert ids.dtype == np.uint8
     for tokenizer in (BytesTokenizer(), Opaque()):
         for dtype in (U16, I32):
@@ -105,7 +105,7 @@ def test_a_space_that_decoding_drops_is_no_loss(tmp_path: Path) -> None:
     assert tokenizer.drops_space
     encoded = Encodings(tokenizer, U16)
     for text, exact in (("two words", True), (" two words", False), ("two  words", False)):
-        assert encoded.store(next(tokenizer.encode_batch([text])), text.encode())[1] == exact
+        assert encoded.store(next(tokenizer.encode_batch([text], [text.encode()])), text.encode())[1] == exact
 
 
 @settings(max_examples=300)

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +293,7 @@ class Wide(BytesTokenizer):
 
 
 class Wrong(BytesTokenizer):
-    def encode_batch(self, texts: list[str]) -> Iterator[Ids]:
+    def encode_batch(self, texts: Sequence[str], utf8: Sequence[bytes]) -> Iterator[Ids]:
         return (np.array([1, self.wrong] if "5:" in text else [1], np.int32) for text in texts)
 
     wrong = 300
@@ -331,26 +331,56 @@ def test_the_plan_is_the_first_to_go(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert store.names() == {"run.lock", "000000.json"}
 
 
-def test_a_part_that_changed_is_named(inputs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def _first_bit_turned(whole: bytes) -> bytes:
+    return bytes([whole[0] ^ 1]) + whole[1:]
+
+
+@pytest.mark.parametrize(
+    "kind, change, how",
+    [
+        ("tokens", lambda whole: whole[:-2], "ends early"),
+        ("tokens", lambda whole: whole + b"..", "goes on after its last document"),
+        ("tokens", _first_bit_turned, "has another sha256"),
+        ("documents", lambda whole: whole[:-1], "ends early"),
+        ("documents", _first_bit_turned, "has another sha256"),
+    ],
+)
+def test_a_part_that_is_not_what_was_written_is_named_and_made_again(
+    inputs: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    change: Callable[[bytes], bytes],
+    how: str,
+) -> None:
+    """So that a build need not wait for the disk: what a power failure leaves of a part is not taken for it."""
     output = tmp_path / "data"
     assert command(inputs, output, "--task", "0/1", "--processes", "1") == 0
-    part = Path(f"{output}.work") / "000002.tokens"
-    whole = part.read_bytes()
-    other = bytes([whole[0] ^ 1]) + whole[1:]
-    for content, how in (
-        (whole[:-2], "ends early"),
-        (whole + b"..", "goes on after its last document"),
-        (other, "has another sha256"),
-    ):
-        part.write_bytes(content)
-        assert merge_shards.main([str(output)]) == 2
-        assert f"000002.tokens {how}: it changed" in capsys.readouterr().err
-        assert not output.exists()
-    part.write_bytes(whole)
-    documents = part.with_suffix(".documents")
-    documents.write_bytes(documents.read_bytes()[:-1])
+    file = Path(f"{output}.work") / f"000002.{kind}"
+    file.write_bytes(change(file.read_bytes()))
     assert merge_shards.main([str(output)]) == 2
-    assert "000002.documents ends early: it changed" in capsys.readouterr().err
+    assert f"000002.{kind} {how}: it is not what was written" in capsys.readouterr().err
+    assert not output.exists() and merge_shards.main([str(output)]) == 2
+    assert "start these tasks again: --task 0/1" in capsys.readouterr().err
+    assert command(inputs, output, "--task", "0/1", "--processes", "1") == 0
+    assert merge_shards.main([str(output)]) == 0
+    assert command(inputs, tmp_path / "other", "--processes", "1") == 0
+    assert contents(output) == contents(tmp_path / "other")
+
+
+def test_a_part_of_which_a_file_is_lost_is_made_again(
+    inputs: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "data"
+    assert command(inputs, output, "--task", "0/1", "--processes", "1") == 0
+    work = Path(f"{output}.work")
+    (work / "000000.tokens").unlink()
+    (work / "000001.documents").unlink()
+    (work / "000002.json").write_bytes(b"")
+    assert command(inputs, output, "--processes", "1") == 0
+    assert "000002.json is not what was written, its part is made again" in caplog.text
+    assert command(inputs, tmp_path / "other", "--processes", "1") == 0
+    assert contents(output) == contents(tmp_path / "other")
 
 
 def test_a_damaged_copy_of_the_tokenizer_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
