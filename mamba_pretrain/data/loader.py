@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mamba_pretrain.data.mixture import Mixture, Stage
-from mamba_pretrain.data.packing import Block, Rows, Windows
+from mamba_pretrain.data.packing import Block, Outputs, Rows, Windows, row_of
 from mamba_pretrain.data.shards import Shard, ShardError
 
 SETTLE_S: Final = 0.1  # 0.005 is enough where cores are idle
@@ -49,17 +49,20 @@ class MixedRows:
 
     def read(self, stage: int, sources: NDArray[np.int64], rows: NDArray[np.int64]) -> Block:
         """These rows (B,) of their sources, all of one stage."""
+        rows = np.ascontiguousarray(rows, np.int64)
+        block = Block.empty(len(rows), self.mixture.stages[stage].seq_len)
+        self.write(stage, sources.tolist(), rows.ctypes.data, block.outputs())
+        return block
+
+    def write(self, stage: int, sources: Sequence[int], rows: int, outputs: Outputs) -> None:
+        """As `read`, with the rows' numbers at an address, into memory that the caller has (see `Rows.write`)."""
         alone = self.alone[stage]
         if alone is not None:
-            return alone.read(rows)
-        wide = (len(rows), self.mixture.stages[stage].seq_len)
-        ids, labels, seq_idx = np.empty(wide, np.int64), np.empty(wide, np.int64), np.empty(wide, np.int32)
-        padding = np.empty(len(rows), np.int64)
-        for source in np.unique(sources).tolist():
-            chosen = np.flatnonzero(sources == source)
-            part = self._of(stage, source).read(rows[chosen])
-            ids[chosen], labels[chosen], seq_idx[chosen], padding[chosen] = part
-        return Block(ids, labels, seq_idx, padding)
+            alone.write(rows, len(sources), outputs)
+            return
+        length = self.mixture.stages[stage].seq_len
+        for b, source in enumerate(sources):
+            self._of(stage, source).write(rows + 8 * b, 1, row_of(outputs, b, length))
 
     def _of(self, stage: int, source: int) -> Rows:
         rows = self.rows[stage][source]
@@ -138,16 +141,19 @@ class _MicroBatches(IterableDataset[Batch | ShardError]):
 
     def read(self, worker: int = 0, workers: int = 1) -> Iterator[Batch]:
         mine = islice(self._counters(), worker, None, workers)
+        lengths = [stage.seq_len for stage in self.dataset.mixture.stages]
         while True:
             # Not for all the ranks' micro-batches, nor for those of the other loader processes.
             ahead = list(islice(mine, -(-AHEAD // max(self.sizes))))
             places = self.dataset.mixture.locate(np.concatenate(ahead))
-            stages = places.stages.tolist()
-            end = 0
+            stages, sources = places.stages.tolist(), places.sources.tolist()
+            rows = np.ascontiguousarray(places.rows)
+            at, end = rows.ctypes.data, 0
             for samples in ahead:
                 begin, end = end, end + len(samples)
-                block = self.dataset.read(stages[begin], places.sources[begin:end], places.rows[begin:end])
-                ids, labels, seq_idx, padding = map(torch.from_numpy, block)
+                ids, labels, seq_idx, padding = map(torch.from_numpy, Block.empty(len(samples), lengths[stages[begin]]))
+                outputs = ids.data_ptr(), labels.data_ptr(), seq_idx.data_ptr(), padding.data_ptr()
+                self.dataset.write(stages[begin], sources[begin:end], at + 8 * begin, outputs)
                 yield {
                     "input_ids": ids,
                     "labels": labels,

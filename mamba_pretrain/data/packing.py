@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from ctypes import addressof, c_char, c_int64, c_uint64, c_void_p
+from ctypes import c_int32, c_int64, c_uint64, c_void_p
 from functools import cache, cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +27,7 @@ TOKENS: Final = [c_void_p, c_int64, c_uint64]
 ROWS: Final = [c_void_p, c_int64, c_int64, *[c_void_p] * 4]
 ARGUMENTS: Final = {
     "windows": [*TOKENS, c_void_p, c_int64, *ROWS],
-    "searched": [*TOKENS, *[c_int64] * 4, *ROWS],
+    "searched": [*TOKENS, c_void_p, c_void_p, c_int64, *ROWS],
     "packed": [*TOKENS, *[c_void_p] * 3, c_int64, c_int64, *ROWS],
 }
 WIDTHS: Final = (1, 2, 4, 8)  # bytes of a token
@@ -51,6 +52,23 @@ class Block(NamedTuple):
     seq_idx: NDArray[np.int32]  # (B, L): the documents of a row, counted from 0; the state starts anew where it changes
     padding: NDArray[np.int64]  # (B,): positions of each row that hold no token
 
+    @classmethod
+    def empty(cls, count: int, length: int) -> Block:
+        # One allocation for both, which the C library keeps for the next block: new pages cost more than reading does.
+        both = np.empty((2, count, length), np.int64)
+        return cls(both[0], both[1], np.empty((count, length), np.int32), np.empty(count, np.int64))
+
+    @classmethod
+    def at(cls, outputs: Outputs, count: int, length: int) -> Block:
+        """The block in memory that somebody else holds."""
+        wide = (count, length)
+        types = ((c_int64, wide), (c_int64, wide), (c_int32, wide), (c_int64, (count,)))
+        return cls(*(_array(at, kind, shape) for at, (kind, shape) in zip(outputs, types, strict=True)))
+
+    def outputs(self) -> Outputs:
+        ids, labels, seq_idx, padding = (part.ctypes.data for part in self)
+        return ids, labels, seq_idx, padding
+
 
 class Piece(NamedTuple):
     start: int  # token of the split
@@ -59,7 +77,7 @@ class Piece(NamedTuple):
 
 
 Outputs = tuple[int, int, int, int]  # addresses of a block's arrays
-Reader = Callable[[NDArray[np.int64], Outputs], int]  # the first of the rows that it cannot read, else -1
+Reader = Callable[[int, int, Outputs], int]  # as Rows.write; returns the first of the rows that it cannot read, else -1
 
 
 class Rows(Protocol):
@@ -77,6 +95,13 @@ class Rows(Protocol):
 
         Raises ShardError for a token outside the vocabulary: on the GPU it would be an illegal memory access without a
         name.
+        """
+        ...
+
+    def write(self, rows: int, count: int, outputs: Outputs) -> None:
+        """As `read`, of `count` rows whose numbers (int64) are at the address `rows`, into memory that the caller has.
+
+        A training step wants tensors: to make them of arrays and ask those for their addresses takes as long as a row.
         """
         ...
 
@@ -114,21 +139,21 @@ class _Pieces(ABC):
         return {name: value for name, value in self.__dict__.items() if name != "_reader"}
 
     def read(self, rows: NDArray[np.int64]) -> Block:
-        count, length = len(rows), self.seq_len
-        rows = np.array(rows, np.int64)
-        # One allocation for both, which the C library keeps for the next block: new pages cost more than reading does.
-        both = np.empty((2, count, length), np.int64)
-        block = Block(both[0], both[1], np.empty((count, length), np.int32), np.empty(count, np.int64))
-        if self._reader is None:
-            for b, row in enumerate(rows.tolist()):
-                self._fill(block, b, row)
-            return block
-        ids = _address(both)
-        outputs = ids, ids + 8 * count * length, _address(block.seq_idx), _address(block.padding)
-        if (refused := self._reader(rows, outputs)) >= 0:
-            self._fill(block, refused, int(rows[refused]))
-            raise AssertionError(f"row {rows[refused]} of {self.shard.path} was refused for no reason")
+        rows = np.ascontiguousarray(rows, np.int64)
+        block = Block.empty(len(rows), self.seq_len)
+        self.write(rows.ctypes.data, len(rows), block.outputs())
         return block
+
+    def write(self, rows: int, count: int, outputs: Outputs) -> None:
+        read = self._reader
+        refused = 0 if read is None else read(rows, count, outputs)
+        if refused < 0:
+            return
+        block, numbers = Block.at(outputs, count, self.seq_len), _array(rows, c_int64, (count,)).tolist()
+        for b in range(refused, count):
+            self._fill(block, b, numbers[b])
+            if read is not None:
+                raise AssertionError(f"row {numbers[b]} of {self.shard.path} was refused for no reason")
 
     @abstractmethod
     def _pieces(self, row: int) -> list[Piece]:
@@ -188,19 +213,17 @@ class Windows(_Pieces):
 
         if (starts := shard.resident_starts) is not None:
             resident = partial(read, shard.starts_address, len(starts))
-            return lambda rows, outputs: resident(_address(rows), len(rows), length, *outputs)
-        searched = partial(functions["searched", shard.dtype.itemsize], *read.args, *shard.index_file)
+            return lambda rows, count, outputs: resident(rows, count, length, *outputs)
+        searched = partial(functions["searched", shard.dtype.itemsize], *read.args, *shard.index_addresses)
 
-        def search(rows: NDArray[np.int64], outputs: Outputs) -> int:
-            refused: int = searched(_address(rows), len(rows), length, *outputs)
+        def search(rows: int, count: int, outputs: Outputs) -> int:
+            refused: int = searched(rows, count, length, *outputs)
             if refused < 0:
                 return refused
             # An index that is not as plain as ours, or damaged.
-            ids, labels, seq_idx, padding = outputs
-            for b, row in enumerate(rows.tolist()):
-                starts, before = shard.document_starts(row * length + 1, (row + 1) * length + 1), 8 * b * length
-                at = ids + before, labels + before, seq_idx + before // 2, padding + 8 * b
-                if read(starts.ctypes.data, len(starts), _address(rows) + 8 * b, 1, length, *at) >= 0:
+            for b, row in enumerate(_array(rows, c_int64, (count,)).tolist()):
+                starts = shard.document_starts(row * length + 1, (row + 1) * length + 1)
+                if read(starts.ctypes.data, len(starts), rows + 8 * b, 1, length, *row_of(outputs, b, length)) >= 0:
                     return b
             return -1
 
@@ -240,12 +263,18 @@ class Packed(_Pieces):
         shard, length = self.shard, self.seq_len
         read = partial(functions["packed", shard.dtype.itemsize], shard.stored_address, shard.n_tokens, self._limit)
         packed = partial(read, *self.pack.layout)
-        return lambda rows, outputs: packed(_address(rows), len(rows), length, *outputs)
+        return lambda rows, count, outputs: packed(rows, count, length, *outputs)
 
 
-def _address(array: NDArray[Any]) -> int:
-    """Of the first number; array.ctypes.data takes four times as long. For fresh arrays, which can be written."""
-    return addressof(c_char.from_buffer(array.data))
+def row_of(outputs: Outputs, b: int, length: int) -> Outputs:
+    """Where row b of a block is."""
+    ids, labels, seq_idx, padding = outputs
+    before = b * length
+    return ids + 8 * before, labels + 8 * before, seq_idx + 4 * before, padding + 8 * b
+
+
+def _array(address: int, kind: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+    return np.ctypeslib.as_array((kind * math.prod(shape)).from_address(address)).reshape(shape)
 
 
 @cache

@@ -17,12 +17,11 @@ read these files and theirs are read here. `writer.py` writes one sequence a doc
 
 from __future__ import annotations
 
-import os
+import mmap
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from functools import cached_property
-from io import FileIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -36,47 +35,10 @@ HEADER: Final = struct.Struct("<9sQBQQ")
 DTYPES: Final = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 BLOCK_BYTES: Final = 1 << 24  # what problems() holds in memory at a time
 RESIDENT: Final = 1 << 20  # up to so many documents, where they begin is held in memory (8 MiB)
-KNOWN: Final = 1 << 13  # of more, so many numbers of the index, those that searches came by first
 
 
 class ShardError(ValueError):
     """A dataset on disk is missing, damaged, foreign, or not the one that was asked for."""
-
-
-class _Numbers:
-    """int64 numbers in a file, read when they are asked for.
-
-    Not mapped: a touch of a mapped file may map megabytes around it, which count as this process's memory.
-    """
-
-    def __init__(self, path: Path, stream: FileIO, offset: int, count: int) -> None:
-        self._path, self._stream, self.offset, self._count = path, stream, offset, count
-        self._known: dict[int, int] = {}  # all searches begin with the same numbers
-
-    def __getitem__(self, i: int) -> int:
-        number = self._known.get(i)
-        if number is None:
-            number = self.read(i, i + 1)[0]
-            if len(self._known) < KNOWN:
-                self._known[i] = number
-        return number
-
-    def __len__(self) -> int:
-        raise AssertionError("bisect is told the ends")
-
-    @property
-    def descriptor(self) -> int:
-        return self._stream.fileno()
-
-    def read(self, first: int, last: int) -> list[int]:
-        """Numbers [first, last). Raises ShardError where there are none: a damaged index leads there."""
-        if not 0 <= first <= last <= self._count:
-            raise ShardError(
-                f"{self._path} leads to its entries {first:,} to {last:,} of {self._count:,}: the index is damaged, "
-                "see python -m data_prep.verify_shards"
-            )
-        data = os.pread(self._stream.fileno(), 8 * (last - first), self.offset + 8 * first)
-        return list(struct.unpack(f"<{last - first}q", data))
 
 
 class Shard:
@@ -133,8 +95,13 @@ class Shard:
     def _map(self, file: Path, dtype: str | np.dtype[Any], offset: int, count: int) -> NDArray[Any]:
         if count == 0:  # mmap refuses an empty range
             return np.zeros(0, dtype)
+        mapped = np.memmap(file, dtype, mode="r", offset=offset, shape=(count,))
+        if file == self._idx and hasattr(mmap, "MADV_NOHUGEPAGE"):
+            # Else a touch may map 2 MiB around it, all of which counts as this process's memory: a look into the index
+            # of a trillion tokens came to 150 MB.
+            mapped._mmap.madvise(mmap.MADV_NOHUGEPAGE)  # type: ignore[attr-defined]
         # A plain ndarray view: np.memmap's own __getitem__ costs 1 us more for each number read.
-        return np.asarray(np.memmap(file, dtype, mode="r", offset=offset, shape=(count,)))
+        return np.asarray(mapped)
 
     @cached_property
     def stored(self) -> NDArray[Any]:
@@ -198,10 +165,7 @@ class Shard:
             return starts[first:last]
         found = self._search(start, stop)
         if any(later <= sooner for sooner, later in pairwise([start - 1, *found, stop])):
-            raise ShardError(
-                f"{self._idx}: documents that begin in tokens [{start:,}, {stop:,}) are not one after the other: the "
-                "index is damaged, see python -m data_prep.verify_shards"
-            )
+            raise self._disorder(start, stop)
         return np.array(found, np.int64)
 
     @cached_property
@@ -218,34 +182,26 @@ class Shard:
         return self.resident_starts.ctypes.data
 
     def _search(self, start: int, stop: int) -> list[int]:
-        """document_starts by bisection over the numbers in the file, most of which are read anew."""
-        (pointers, index), size = self._numbers, self.dtype.itemsize
-        # The sequences that begin in [start, stop) are [first, last).
-        first = bisect_left(pointers, start * size, 0, self.n_sequences)
-        near = min(first + 8, self.n_sequences)
-        beyond = self.n_sequences if near < self.n_sequences and pointers[near] < stop * size else near
-        last = bisect_left(pointers, stop * size, first, beyond)
-        if self.n_documents == self.n_sequences and index.read(first, last) == [*range(first, last)]:
-            found = pointers.read(first, last)
-        else:
-            document = bisect_left(index, first, 0, self.n_documents)
-            after = bisect_left(index, last, document, self.n_documents)
-            found = [pointers[sequence] for sequence in index.read(document, after)]
-        return list(dict.fromkeys(pointer // size for pointer in found))  # foreign documents may be empty
+        """document_starts by bisection in the file."""
+        pointers, index, size = self._pointers, self._document_index, self.dtype.itemsize
+        first = bisect_left(pointers, start * size)
+        last = bisect_left(pointers, stop * size, first)  # the sequences that begin in [start, stop) are [first, last)
+        document = bisect_left(index, first, 0, self.n_documents)
+        sequences = index[document : bisect_left(index, last, document, self.n_documents)]
+        if ((sequences < first) | (sequences >= last)).any():
+            raise self._disorder(start, stop)
+        return list(dict.fromkeys((pointers[sequences] // size).tolist()))  # foreign documents may be empty
 
-    @cached_property
-    def _numbers(self) -> tuple[_Numbers, _Numbers]:
-        """The byte offsets and the document index."""
-        stream = self._idx.open("rb", buffering=0)
-        offsets = HEADER.size + 4 * self.n_sequences
-        pointers = _Numbers(self._idx, stream, offsets, self.n_sequences)
-        return pointers, _Numbers(self._idx, stream, offsets + 8 * self.n_sequences, self.n_documents + 1)
+    def _disorder(self, start: int, stop: int) -> ShardError:
+        return ShardError(
+            f"{self._idx}: documents that begin in tokens [{start:,}, {stop:,}) are not one after the other: the "
+            "index is damaged, see python -m data_prep.verify_shards"
+        )
 
     @property
-    def index_file(self) -> tuple[int, int, int, int]:
-        """Its descriptor, where byte offsets and document index begin in it, and how many sequences it has."""
-        pointers, index = self._numbers
-        return pointers.descriptor, pointers.offset, index.offset, self.n_sequences
+    def index_addresses(self) -> tuple[int, int, int]:
+        """Where the sequences' byte offsets and the document index are in memory, and how many sequences there are."""
+        return self._pointers.ctypes.data, self._document_index.ctypes.data, self.n_sequences
 
     def document_edges(self, first: int, stop: int) -> NDArray[np.int64]:
         """Where documents [first, stop) begin, and where the last of them ends: (stop - first + 1,) token positions.
