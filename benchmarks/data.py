@@ -89,7 +89,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 32768], help="tokens of a row")
     parser.add_argument("--batch-tokens", nargs="+", type=int, default=[32768, 131072], help="(%(default)s)")
-    parser.add_argument("--corpus-tokens", type=int, default=200_000_000, help="to load from (%(default)s)")
+    parser.add_argument(
+        "--corpus-tokens",
+        nargs="+",
+        type=int,
+        default=[200_000_000, 1_200_000_000],
+        help="to load from, with a thousandth as many documents; where these begin is held in memory up to 2^20 of "
+        "them, of more it is looked up in the index (%(default)s)",
+    )
     parser.add_argument("--load-tokens", type=int, default=64_000_000, help="to load in each turn (%(default)s)")
     parser.add_argument("--start-tokens", type=int, default=10**12, help="(%(default)s)")
     parser.add_argument("--start-document", type=int, default=10_000, help="tokens of a document there (%(default)s)")

@@ -16,6 +16,7 @@ from benchmarks.common import AT_LEAST, AT_MOST, Figure, Report, Task, rates, ra
 from benchmarks.data_tokenize import CommandError, run_command
 from benchmarks.synthetic import DTYPE, write_holes, write_letters
 from benchmarks.worker import Worker, WorkerError
+from mamba_pretrain.data.shards import Shard
 
 OURS, LIMIT, PEER = "ours", "numpy gather", "GPTDataset"
 TARGETS = {
@@ -30,23 +31,25 @@ SAMPLE_BYTES, DOCUMENT_BYTES = 16, 24  # of memory that they take at their peak,
 
 
 def measure_loading(report: Report, options: Any, scratch: Path) -> None:
-    data = scratch / "letters"
-    write_letters(data, options.corpus_tokens)
-    heads = ("tokens a second", "ours / this", "", "")
-    report.row("**loading**", *(f"**{head}**" if head else "" for head in heads))
-    for length, batch_tokens in product(options.lengths, options.batch_tokens):
-        measure_rows(report, options, length, max(batch_tokens // length, 1), data, scratch)
-    tokens = (data / "train.bin").stat().st_size // DTYPE.itemsize
+    for asked in options.corpus_tokens:
+        data = scratch / "letters"
+        write_letters(data, asked)
+        documents = Shard(data / "train").n_documents
+        heads = ("tokens a second", "ours / this", "", "")
+        report.row(f"**loading, of {documents:,} documents**", *(f"**{head}**" if head else "" for head in heads))
+        of = "" if asked == options.corpus_tokens[0] else f" of {documents} documents"
+        for length, batch_tokens in product(options.lengths, options.batch_tokens):
+            measure_rows(report, options, length, max(batch_tokens // length, 1), of, data, scratch)
+        shutil.rmtree(data)
     report.note(
-        f"loading: {tokens:,} tokens of {DTYPE.name} in documents of log-normal length around 1,000, in the system's "
-        "cache; one thread each, no loader processes; ours resets documents and masks their last labels, the gather "
-        "and GPTDataset (its default reset_position_ids=False; create_attention_mask=False) know no documents"
+        f"loading: tokens of {DTYPE.name} in documents of log-normal length around 1,000, in the system's cache; one "
+        "thread each, no loader processes; ours resets documents and masks their last labels, the gather and "
+        "GPTDataset (its default reset_position_ids=False; create_attention_mask=False) know no documents"
     )
-    shutil.rmtree(data)
 
 
-def measure_rows(report: Report, options: Any, length: int, rows: int, data: Path, scratch: Path) -> None:
-    what = f"{rows} x {length}"
+def measure_rows(report: Report, options: Any, length: int, rows: int, of: str, data: Path, scratch: Path) -> None:
+    what = f"{rows} x {length}{of}"
     count = max(options.load_tokens // (rows * length), 1)
     expected = count * rows * length
     with ExitStack() as stack:
@@ -54,7 +57,7 @@ def measure_rows(report: Report, options: Any, length: int, rows: int, data: Pat
         for name, target in TARGETS.items():
             try:
                 worker = stack.enter_context(Worker(target, {}))
-                cache = {"cache": str(scratch / f"indices-{length}")} if name == PEER else {}
+                cache = {"cache": str(data / f"indices-{length}")} if name == PEER else {}
                 worker.call("open", directory=str(data), length=length, rows=rows, **cache)
             except WorkerError as error:
                 _failed(report, f"{what}: {name} tokens", error)

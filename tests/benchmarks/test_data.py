@@ -242,7 +242,7 @@ class Process:
 def options() -> Namespace:
     return Namespace(
         rounds=2,
-        corpus_tokens=20_000,
+        corpus_tokens=[20_000, 21_000],
         lengths=[128],
         batch_tokens=[1024],
         load_tokens=4096,
@@ -264,6 +264,8 @@ def test_without_the_peer_ours_is_still_measured_beside_the_limit(
     assert {goal.name: goal.holds for goal in report.goals} == {
         "8 x 128: GPTDataset tokens": False,
         "8 x 128: ours / numpy gather": True,
+        "8 x 128 of 21 documents: GPTDataset tokens": False,
+        "8 x 128 of 21 documents: ours / numpy gather": True,
         "start: ours s": True,
         "start: ours MB": True,
         "start: GPTDataset s": False,

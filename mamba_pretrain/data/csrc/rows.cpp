@@ -10,7 +10,9 @@
 #include <vector>
 
 // The same code for several widths of vectors; the loader of the library chooses. glibc has what that takes.
-#if defined(__x86_64__) && defined(__GLIBC__)
+#if defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12
+#define ROWS extern "C" __attribute__((target_clones("arch=x86-64-v4", "avx2", "default"))) int64_t
+#elif defined(__x86_64__) && defined(__GLIBC__)
 #define ROWS extern "C" __attribute__((target_clones("avx2", "default"))) int64_t
 #else
 #define ROWS extern "C" int64_t
@@ -20,7 +22,6 @@
 namespace {
 
 constexpr int64_t IGNORE = -100;
-constexpr int64_t BLOCK = 1024;  // tokens: they stay in the innermost cache from one loop to the next
 
 // How many numbers from this one on come before a cache line. They are written apart, so that all others go to whole
 // lines: stores across two of them take twice the time on some processors.
@@ -29,25 +30,27 @@ int64_t to_line(const Number* number) {
     return -(reinterpret_cast<uintptr_t>(number) / sizeof(Number)) % (64 / sizeof(Number));
 }
 
-// ids[i] = tokens[i] and labels[i] = tokens[i + 1] for i < count; `last`: the last label is a token, too, else IGNORE.
-// Returns the largest of the `count` tokens.
+// ids[i] = tokens[i] and labels[i] = tokens[i + 1] for begin <= i < end. Returns the largest of tokens[i] and `top`.
 template <class Token>
-INLINED Token widen(const Token* __restrict tokens, int64_t count, bool last, int64_t* __restrict ids,
-                    int64_t* __restrict labels) {
-    Token top = 0;
-    const int64_t targets = last ? count : count - 1;
-    int64_t begin = 0, end = std::min(count, to_line(ids));
-    for (; begin < count; begin = end, end = std::min(count, end + BLOCK)) {
-        const int64_t labelled = std::min(targets, end);
-        for (int64_t i = begin; i < labelled; i++) {
-            ids[i] = tokens[i];
-            labels[i] = tokens[i + 1];
-        }
-        for (int64_t i = labelled; i < end; i++) ids[i] = tokens[i];
-        for (int64_t i = begin; i < end; i++) top = std::max(top, tokens[i]);  // after: it would wait for the memory
+INLINED Token copy(const Token* __restrict tokens, int64_t begin, int64_t end, int64_t* __restrict ids,
+                   int64_t* __restrict labels, Token top) {
+    for (int64_t i = begin; i < end; i++) {
+        top = std::max(top, tokens[i]);
+        ids[i] = tokens[i];
+        labels[i] = tokens[i + 1];
     }
-    if (!last) labels[targets] = IGNORE;
     return top;
+}
+
+// As `copy` from 0 to `count`; `last`: the last label is a token, too, else IGNORE.
+template <class Token>
+INLINED Token widen(const Token* tokens, int64_t count, bool last, int64_t* ids, int64_t* labels) {
+    const int64_t targets = last ? count : count - 1, apart = std::min(targets, to_line(ids));
+    const Token top = copy(tokens, apart, targets, ids, labels, copy(tokens, 0, apart, ids, labels, Token{0}));
+    if (last) return top;
+    ids[targets] = tokens[targets];
+    labels[targets] = IGNORE;
+    return std::max(top, tokens[targets]);
 }
 
 INLINED void fill(int32_t* numbers, int64_t begin, int64_t end, int32_t number) {
