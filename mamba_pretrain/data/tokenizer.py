@@ -9,8 +9,10 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -26,6 +28,9 @@ REPLACEMENT: Final = "\ufffd".encode()  # what the tokenizers library shows for 
 KNOWN_EOD: Final = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]")
 KNOWN_BOS: Final = ("<|begin_of_text|>", "<|startoftext|>", "<s>", "<bos>", "<|bos|>", "[BOS]")
 BYTES_FILE: Final = b"Byte tokenizer: ids 0 to 255 are the bytes of UTF-8, 256 begins and ends a document.\n"
+PART: Final = 1 << 16  # characters of a long text that are encoded at a time
+PARTS_AT_ONCE: Final = 8  # for as many threads
+CUT: Final = re.compile(r"(?<=\S)[ \n]")
 
 Ids = NDArray[np.int32] | NDArray[np.uint8]
 
@@ -212,6 +217,7 @@ class HuggingFaceTokenizer(Tokenizer):
         bos = config.get("bos_token") or next((name for name in KNOWN_BOS if name in specials), eod)
         self.bos_id = _id_of(bos, vocab, path)
         self._names = {"eos_token": eod, "bos_token": bos}
+        self._cuts = _can_be_cut(settings, added.values())
         if _decodes_bytes(settings.get("decoder")):
             pieces = [b""] * self.vocab_size
             self.pieces = pieces
@@ -227,6 +233,19 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return list(self._model.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str], utf8: Sequence[bytes]) -> Iterator[Ids]:
+        if not self._cuts or max(map(len, texts), default=0) <= PART:
+            return super().encode_batch(texts, utf8)
+        return map(self._encode_long, texts)
+
+    def _encode_long(self, text: str) -> Ids:
+        """`encode`, in memory that grows by 4 bytes an id. The library takes 125 times the text it is given at once."""
+        ids, parts = array("i"), _parts(text)
+        while several := list(islice(parts, PARTS_AT_ONCE)):
+            for encoded in self._encode_lists(several):
+                ids.extend(encoded)
+        return np.frombuffer(ids, np.int32)
 
     def _encode_lists(self, texts: Sequence[str]) -> Iterator[list[int]]:
         # "fast" leaves out the offsets of the tokens in the text, which nobody asks for here
@@ -298,6 +317,33 @@ def _decodes_bytes(decoder: Any) -> bool:
         case {"type": "ByteLevel"} | {"type": "Sequence", "decoders": [{"type": "ByteLevel"}]}:
             return True
     return False
+
+
+def _can_be_cut(settings: dict[str, Any], added: Iterable[Any]) -> bool:
+    """Whether the ids of a text are those of its `_parts`, one after the other.
+
+    So it is where GPT-2's pattern makes the words, each of which is encoded by itself: none of them goes on from other
+    characters to whitespace, and what it finds from there on does not depend on what was before; and where no added
+    token, which are looked for first, reaches over such a place.
+    """
+    words, model = settings.get("pre_tokenizer") or {}, settings.get("model") or {}
+    return (
+        words.get("type") == "ByteLevel"
+        and words.get("use_regex", True)
+        and not words.get("add_prefix_space", True)
+        and (settings.get("normalizer") or {"type": "NFC"}).get("type") in ("NFC", "NFD")
+        and not model.get("dropout")
+        and not any(token.rstrip or re.search(r"\S\s", token.content) for token in added)
+    )
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Pieces of PART characters and what follows up to a space or a line feed after another character."""
+    begin = 0
+    while len(text) - begin > PART and (cut := CUT.search(text, begin + PART)):
+        yield text[begin : cut.start()]
+        begin = cut.start()
+    yield text[begin:]
 
 
 def _id_of(token: str, vocab: dict[str, int], path: Path) -> int:

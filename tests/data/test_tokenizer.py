@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from data_prep.train_tokenizer import train
+from mamba_pretrain.data import tokenizer as tokenizer_module
 from mamba_pretrain.data.manifest import Manifest
 from mamba_pretrain.data.tokenizer import Tokenizer, TokenizerError, dataset_tokenizer, load_tokenizer
 from tests.helpers.corpora import make_dataset, make_documents
@@ -31,10 +33,10 @@ AWKWARD = [
 ]
 
 
-def byte_level(specials: list[str]) -> tokenizers.Tokenizer:
+def byte_level(specials: list[str], *, use_regex: bool = True) -> tokenizers.Tokenizer:
     """Of GPT-NeoX's make: byte-level BPE, an added token that is not special, and special ones."""
     model = tokenizers.Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     model.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -80,6 +82,93 @@ def test_text_that_spells_a_special_token_is_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a<|endoftext|></s><s><unk><|padding|>")
     assert not {tokenizer.eod_id, tokenizer.bos_id} & set(ids)
     assert max(ids) < tokenizer.vocab_size
+
+
+@pytest.fixture
+def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_module, "PART", 5)
+    monkeypatch.setattr(tokenizer_module, "PARTS_AT_ONCE", 2)
+
+
+@pytest.mark.usefixtures("short_parts")
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    texts=st.lists(
+        st.text(st.sampled_from("ab1'!s<|> \n\n\r\t\x1c\xa0\u0301\u1e9b\u0323\u2003\u3000\U0001f600")), min_size=1
+    )
+)
+def test_a_long_text_in_parts_has_the_ids_of_the_whole(tokenizer: Tokenizer, texts: list[str]) -> None:
+    texts.append(" ".join(texts) + "    <|endoftext|>  it's    ")
+    found = tokenizer.encode_batch(texts, [text.encode() for text in texts])
+    assert [ids.tolist() for ids in found] == [tokenizer.encode(text) for text in texts]
+
+
+def test_a_long_text_goes_to_the_library_in_parts(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, given_sizes = load_tokenizer(files["neox"]), []
+    library = tokenizer._encode_lists
+
+    def spy(texts: Sequence[str]) -> Iterator[list[int]]:
+        given_sizes.extend(map(len, texts))
+        return library(texts)
+
+    monkeypatch.setattr(tokenizer, "_encode_lists", spy)
+    text = "\n".join(make_documents(3000))
+    (ids,) = tokenizer.encode_batch([text], [text.encode()])
+    assert ids.tolist() == tokenizer.encode(text)
+    assert sum(given_sizes) == len(text) > 3 * tokenizer_module.PART >= max(given_sizes) * 2
+
+
+CUTTING_WOULD_CHANGE = {
+    "another pattern": {
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": r"\s*\p{L}+\s?|\s+|[^\s\p{L}]+"},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+            ],
+        }
+    },
+    "a space before each text": {
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
+    },
+    "a normalizer": {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+}
+
+
+@pytest.mark.usefixtures("short_parts")
+@pytest.mark.parametrize("what", CUTTING_WOULD_CHANGE)
+def test_a_text_is_not_cut_where_that_would_change_its_ids(files: dict[str, Path], tmp_path: Path, what: str) -> None:
+    settings_of = json.loads(files["neox"].read_text()) | CUTTING_WOULD_CHANGE[what]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings_of))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    text = "  the river and the\nsea are one\nriver the  end  "
+    (ids,) = tokenizer.encode_batch([text], [text.encode()])
+    assert ids.tolist() == tokenizer.encode(text)
+
+
+@pytest.mark.usefixtures("short_parts")
+@pytest.mark.parametrize("added", [AddedToken("r a"), AddedToken("river", rstrip=True)])
+def test_a_text_is_not_cut_where_an_added_token_may_reach_over_it(tmp_path: Path, added: AddedToken) -> None:
+    model = byte_level(["<|endoftext|>"])
+    model.add_tokens([added])
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    text = "the river and the river and the river and"
+    (ids,) = tokenizer.encode_batch([text], [text.encode()])
+    assert ids.tolist() == tokenizer.encode(text)
+
+
+@pytest.mark.usefixtures("short_parts")
+def test_a_text_is_not_cut_where_its_words_are_not_apart(tmp_path: Path) -> None:
+    byte_level(["<|endoftext|>"], use_regex=False).save(str(tmp_path / "tokenizer.json"))
+    tokenizer, text = load_tokenizer(tmp_path / "tokenizer.json"), " ".join(make_documents(5))
+    (ids,) = tokenizer.encode_batch([text], [text.encode()])
+    assert ids.tolist() == tokenizer.encode(text)
 
 
 def test_special_tokens_decode_to_nothing(tokenizer: Tokenizer) -> None:
