@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mamba_pretrain.data.manifest import FileInfo, Manifest, SplitInfo, SplitRule, TokenizerInfo
+from mamba_pretrain.data.manifest import FileInfo, Manifest, SplitInfo, SplitRule
 from mamba_pretrain.data.shards import DTYPES, HEADER, MAGIC, VERSION
 from mamba_pretrain.data.tokenizer import BytesTokenizer
 from mamba_pretrain.data.writer import ShardWriter, token_dtype
@@ -59,9 +59,8 @@ def write_holes(directory: Path, tokens: int, document_tokens: int) -> None:
 def write_manifest(directory: Path, train: SplitInfo) -> None:
     tokenizer = BytesTokenizer()
     tokenizer.save(directory)
-    names = ("kind", "sha256", "vocab_size", "bos_id", "eod_id", "file")
     Manifest(
-        tokenizer=TokenizerInfo(**{name: getattr(tokenizer, name) for name in names}),
+        tokenizer=tokenizer.info,
         dtype=DTYPE.name,
         adds_bos=False,
         splits={"train": train},

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-import mamba_pretrain
 from data_prep.build_shards import summary
 from data_prep.command import available_cores, local_directory, new_parser, reading, run
 from data_prep.foreign import Foreign, Link, find, link
+from data_prep.plan import versions
 from mamba_pretrain.data.manifest import SPLITS, Manifest, SourceInfo, SplitInfo, SplitRule, TokenizerInfo
 from mamba_pretrain.data.scan import Scan, scan, undecodable
 from mamba_pretrain.data.shards import Shard, ShardError
@@ -72,9 +70,7 @@ def _adopt(
     workers: int,
     command: Sequence[str],
 ) -> tuple[Manifest, list[str]]:
-    info = TokenizerInfo(
-        tokenizer.kind, tokenizer.sha256, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eod_id, tokenizer.file
-    )
+    info = tokenizer.info
     shards = {split: link(source, scratch / split, how) for split, source in sources.items()}
     dtypes = {shard.dtype.name for shard in shards.values()}
     if len(dtypes) > 1:
@@ -106,11 +102,7 @@ def _adopt(
         empty_documents=0,
         not_round_trip=len(not_text),  # of the sample; any at all, and nothing is measured per byte
         command=list(command),
-        versions={
-            "mamba_pretrain": mamba_pretrain.__version__,
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("numpy", "sentencepiece", "tokenizers")},
-        },
+        versions=versions(),
         origin=" and ".join(sorted({source.origin for source in sources.values()})),
     )
     notes = [f"the metadata of {s.tokens} names the tokenizer {s.tokenizer!r}" for s in sources.values() if s.tokenizer]

@@ -28,7 +28,6 @@ from mamba_pretrain.data.writer import token_dtype
 
 PLAN: Final = "plan.json"
 PLAN_LOCK: Final = "plan.lock"
-LIBRARIES: Final = ("numpy", "sentencepiece", "tokenizers")
 OWN_NAME: Final = re.compile(rf"{re.escape(PLAN)}|\w[\w-]*\.lock|(tokenizer\w*|\d{{6}})\.\w+|.+{re.escape(DRAFT)}.+")
 MIN_UNIT_BYTES: Final = 2 << 20  # so that the processes end together
 MAX_UNITS: Final = 1000  # small files in a part
@@ -90,22 +89,11 @@ class Plan:
             adds_bos=add_bos,
             min_bytes=min_bytes,
             max_bytes=max_bytes,
-            tokenizer=TokenizerInfo(
-                tokenizer.kind,
-                tokenizer.sha256,
-                tokenizer.vocab_size,
-                tokenizer.bos_id,
-                tokenizer.eod_id,
-                tokenizer.file,
-            ),
+            tokenizer=tokenizer.info,
             unit_bytes=unit_bytes,
             units=units,
             parts=_parts([unit.bytes for unit in units], unit_bytes),
-            versions={
-                "mamba_pretrain": mamba_pretrain.__version__,
-                "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in LIBRARIES},
-            },
+            versions=versions(),
             choices=Choices(corpus.on_error, drop_duplicates, list(command)),
         )
 
@@ -151,6 +139,12 @@ def name_of(unit: Unit) -> str:
     if not unit.start and unit.stop is None:
         return unit.source
     return f"{unit.source} [{unit.start:,} to {'the end' if unit.stop is None else f'{unit.stop:,}'}]"
+
+
+def versions() -> dict[str, str]:
+    """Of what a dataset is made with, for its manifest."""
+    libraries = {name: importlib.metadata.version(name) for name in ("numpy", "sentencepiece", "tokenizers")}
+    return {"mamba_pretrain": mamba_pretrain.__version__, "python": platform.python_version(), **libraries}
 
 
 def work_of(output: str | Path) -> Store:

@@ -21,7 +21,7 @@ import sentencepiece
 import tokenizers
 from numpy.typing import NDArray
 
-from mamba_pretrain.data.manifest import Manifest
+from mamba_pretrain.data.manifest import Manifest, TokenizerInfo
 
 SPACE_MARK: Final = "\u2581"  # SentencePiece writes a space as this character
 REPLACEMENT: Final = "\ufffd".encode()  # what the tokenizers library shows for a part of a character
@@ -104,6 +104,11 @@ class Tokenizer(Protocol):
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.content).hexdigest()
+
+    @property
+    def info(self) -> TokenizerInfo:
+        """How a manifest knows it."""
+        return TokenizerInfo(self.kind, self.sha256, self.vocab_size, self.bos_id, self.eod_id, self.file)
 
     def save(self, directory: Path) -> None:
         """Writes what `load_tokenizer(directory)` needs to return this tokenizer."""
