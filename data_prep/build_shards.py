@@ -275,8 +275,8 @@ def parser() -> ArgumentParser:
         "--max-bytes",
         type=int,
         default=0,
-        help="leave out documents with more (default: no bound). In memory one takes 8 times its size and more: 26 with "
-        "SentencePiece, 125 with a tokenizer.json other than GPT-NeoX's and GPT-2's",
+        help="leave out documents with more (default: no bound). In memory one takes 8 times its size and "
+        "more: 26 with SentencePiece, 125 with a tokenizer.json other than GPT-NeoX's and GPT-2's",
     )
     result.add_argument(
         "--drop-duplicates",
