@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import logging
+import os
 import platform
 import re
 import tempfile
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -21,10 +24,13 @@ import mamba_pretrain
 from data_prep.corpus import Corpus
 from data_prep.records import Reading, Unit
 from data_prep.store import DRAFT, Store, store_at
+from data_prep.streams import is_url
 from mamba_pretrain.data.manifest import SourceInfo, SplitRule, TokenizerInfo, from_json
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from mamba_pretrain.data.writer import token_dtype
+
+log = logging.getLogger("mamba_pretrain")
 
 PLAN: Final = "plan.json"
 PLAN_LOCK: Final = "plan.lock"
@@ -57,6 +63,7 @@ class Plan:
     parts: list[int]  # the first unit of each
     versions: dict[str, str]
     choices: Choices
+    begun: float = field(default_factory=time.time)
     version: int = 2
 
     @classmethod
@@ -186,8 +193,22 @@ def agree(store: Store, plan: Plan, tokenizer: Tokenizer, *, alone: bool) -> Non
                 f"{store} holds the parts of another build with this output: {'; '.join(differences)}. Finish that one "
                 "with the same inputs and options, or remove the directory"
             )
+        if written := _written_since(before):
+            log.warning(
+                "%d inputs were written to since %s was begun, and have the size they had: %s. Where their text "
+                "changed, remove that directory and begin anew: finished parts hold the text of before",
+                len(written),
+                store,
+                ", ".join(written[:3]) + (", ..." if len(written) > 3 else ""),
+            )
         if before.choices != plan.choices:
-            store.write(PLAN, _to_json(plan))
+            store.write(PLAN, _to_json(dataclasses.replace(plan, begun=before.begun)))
+
+
+def _written_since(plan: Plan) -> list[str]:
+    """The inputs on this machine's file systems that a clock of theirs says it of."""
+    paths = [source.path for source in plan.inputs if not is_url(source.path)]
+    return [path for path in paths if os.path.exists(path) and os.stat(path).st_mtime > plan.begun]
 
 
 def planned_tokenizer(store: Store, plan: Plan) -> Tokenizer:
@@ -220,10 +241,10 @@ def _differences(before: Plan, now: Plan) -> list[str]:
         differences.append("the inputs come in another order")
     if len(differences) > 3:
         differences[3:] = [f"and {len(differences) - 3} other inputs"]
-    for field in dataclasses.fields(Plan):
-        was, is_now = getattr(before, field.name), getattr(now, field.name)
-        if was != is_now and field.name not in ("inputs", "units", "parts", "choices"):
-            differences.append(f"{field.name} was {_short(was)}, is {_short(is_now)}")
+    for name in (one.name for one in dataclasses.fields(Plan)):
+        was, is_now = getattr(before, name), getattr(now, name)
+        if was != is_now and name not in ("inputs", "units", "parts", "choices", "begun"):
+            differences.append(f"{name} was {_short(was)}, is {_short(is_now)}")
     if not differences and (before.units, before.parts) != (now.units, now.parts):
         differences.append("the inputs are cut into other units")
     return differences

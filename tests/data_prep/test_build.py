@@ -7,7 +7,9 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +368,20 @@ def test_a_part_that_is_not_what_was_written_is_named_and_made_again(
     assert merge_shards.main([str(output)]) == 0
     assert command(inputs, tmp_path / "other", "--processes", "1") == 0
     assert contents(output) == contents(tmp_path / "other")
+
+
+def test_an_input_that_was_written_to_between_two_starts_is_named(
+    inputs: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its size, which starts are held against, may be the same."""
+    begin = partial(command, inputs, tmp_path / "data", "--processes", "1")
+    assert begin("--task", "0/2") == begin("--task", "1/2") == 0
+    assert "were written to" not in caplog.text
+    later = time.time() + 10
+    os.utime(inputs[1], (later, later))
+    assert begin("--task", "0/2") == 0
+    assert f"1 inputs were written to since {tmp_path / 'data'}.work was begun" in caplog.text
+    assert f"size they had: {inputs[1]}. Where" in caplog.text
 
 
 def test_a_part_of_which_a_file_is_lost_is_made_again(
