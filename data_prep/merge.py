@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.duplicates import find_duplicates
-from data_prep.parts import Checked, Counts, rows_of
+from data_prep.parts import Checked, Counts, DamagedError, rows_of
 from data_prep.plan import PLAN, Plan, planned_tokenizer, work_of
 from data_prep.store import RemoteStore, Store
 from data_prep.streams import CorpusError, as_os_errors, is_url
@@ -23,6 +24,8 @@ from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import Tokenizer
 from mamba_pretrain.data.writer import ShardWriter, token_dtype
 from mamba_pretrain.files import atomic_directory, require_replaceable
+
+SHOWN: Final = 10  # damaged parts that a message lists
 
 
 class UselessError(CorpusError):
@@ -57,20 +60,32 @@ def merge(
     Memory does not grow with the corpus. Raises ShardError, CorpusError; then an output that was there is untouched (a
     remote one that was to be overwritten has lost its manifest, and does not open).
     """
-    parts = dict(sorted(parts.items()))
+    parts, damaged = dict(sorted(parts.items())), list[str]()
     tokenizer = planned_tokenizer(store, plan)
     with _target(output, overwrite, plan, parts) as target:
         with tempfile.TemporaryDirectory(dir=target.scratch) as temporary:
             duplicates, flags = find_duplicates(
-                (rows["hash"] for part, counts in parts.items() for rows in rows_of(store, part, counts)),
+                (
+                    rows["hash"]
+                    for part, counts in parts.items()
+                    for rows in _whole(rows_of(store, part, counts), damaged)
+                ),
                 sum(counts.documents for counts in parts.values()),
                 Path(temporary),
             )
+            _require_none(damaged, store)
             with contextlib.ExitStack() as stack:
                 splits = [
                     _Split(name, stack.enter_context(target.writer(name, tokenizer))) for name in plan.split_rule.splits
                 ]
-                lossy = _copy(store, plan, parts, splits, stack.enter_context(flags.open("rb")), progress)
+                lossy = 0
+                for begin, (part, counts) in zip(_begins(parts), parts.items(), strict=True):
+                    repeats = np.fromfile(flags, np.uint8, counts.documents, offset=begin)
+                    try:
+                        lossy += _copy(store, plan, part, counts, splits, repeats, progress)
+                    except DamagedError as error:  # go on, to name all of them at once
+                        damaged.append(str(error))
+                _require_none(damaged, store)
                 _require_training_data(plan, parts, {split.name: split.writer.n_documents for split in splits})
         manifest = Manifest(
             tokenizer=plan.tokenizer,
@@ -108,33 +123,55 @@ def merge(
     return manifest
 
 
+def _whole(rows: Iterator[NDArray[np.void]], damaged: list[str]) -> Iterator[NDArray[np.void]]:
+    """The rows of a part; what is wrong with it goes to `damaged`."""
+    try:
+        yield from rows
+    except DamagedError as error:
+        damaged.append(str(error))
+
+
+def _require_none(damaged: Sequence[str], store: Store) -> None:
+    if damaged:
+        raise ShardError(
+            f"{len(damaged)} parts in {store} are not what was written, and count as missing from now on: "
+            f"{'; '.join(damaged[:SHOWN])}{'; ...' if len(damaged) > SHOWN else ''}. Start build_shards again as "
+            "before, which makes them anew (of several tasks those that merge_shards then names)"
+        )
+
+
+def _begins(parts: dict[int, Counts]) -> Iterator[int]:
+    """The number of each part's first document."""
+    yield from accumulate((counts.documents for counts in list(parts.values())[:-1]), initial=0)
+
+
 def _copy(
     store: Store,
     plan: Plan,
-    parts: dict[int, Counts],
+    part: int,
+    counts: Counts,
     splits: list[_Split],
-    flags: BinaryIO,
+    repeats: NDArray[np.uint8],
     progress: Callable[[int], object],
 ) -> int:
-    """Every document that is taken, in order, to its split. Returns how many of them are lossy."""
+    """Every document of the part that is taken, in order, to its split. Returns how many of them are lossy."""
     lossy, itemsize = 0, splits[0].writer.dtype.itemsize
-    for part, counts in parts.items():
-        with contextlib.closing(Checked(store, part, "tokens", counts)) as tokens:
-            for rows in rows_of(store, part, counts):
-                repeats = np.frombuffer(flags.read(rows.size), np.uint8)
-                taken = repeats == 0 if plan.choices.drop_duplicates else np.ones(rows.size, np.bool_)
-                kind = 2 * rows["split"].astype(np.int64) + taken
-                for run in np.split(np.arange(rows.size), np.flatnonzero(np.diff(kind)) + 1):
-                    begin, end = int(run[0]), int(run[-1]) + 1
-                    size = int(rows["tokens"][begin:end].sum(dtype=np.int64)) * itemsize
-                    if taken[begin]:
-                        splits[rows["split"][begin]].add(rows[begin:end], tokens.blocks(size))
-                        lossy += int(rows["lossy"][begin:end].sum(dtype=np.int64))
-                    else:
-                        for _ in tokens.blocks(size):  # for its hash
-                            pass
-                    progress(size)
-            tokens.require_end()
+    with contextlib.closing(Checked(store, part, "tokens", counts)) as tokens:
+        for rows in rows_of(store, part, counts):
+            here, repeats = np.split(repeats, [rows.size])
+            taken = here == 0 if plan.choices.drop_duplicates else np.ones(rows.size, np.bool_)
+            kind = 2 * rows["split"].astype(np.int64) + taken
+            for run in np.split(np.arange(rows.size), np.flatnonzero(np.diff(kind)) + 1):
+                begin, end = int(run[0]), int(run[-1]) + 1
+                size = int(rows["tokens"][begin:end].sum(dtype=np.int64)) * itemsize
+                if taken[begin]:
+                    splits[rows["split"][begin]].add(rows[begin:end], tokens.blocks(size))
+                    lossy += int(rows["lossy"][begin:end].sum(dtype=np.int64))
+                else:
+                    for _ in tokens.blocks(size):  # for its hash
+                        pass
+                progress(size)
+        tokens.require_end()
     return lossy
 
 

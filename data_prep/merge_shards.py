@@ -11,7 +11,7 @@ from data_prep.build_shards import RUN_LOCK, merge_with_bar, place, summary
 from data_prep.command import new_parser, run
 from data_prep.merge import require_room
 from data_prep.parts import finished
-from data_prep.plan import PLAN, Plan, work_of
+from data_prep.plan import PLAN, Plan, warn_of_changes, work_of
 from data_prep.store import Store
 from mamba_pretrain.data.shards import ShardError
 
@@ -53,6 +53,7 @@ def body(arguments: Namespace) -> int:
     Plan.read(store)  # before a lock makes the directory
     with store.lock(RUN_LOCK):
         plan = Plan.read(store)
+        warn_of_changes(store, plan)
         parts = finished(store, plan)
         require_complete(store, plan, list(parts))
         manifest = merge_with_bar(arguments.output, store, plan, parts, arguments.overwrite)

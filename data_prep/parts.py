@@ -4,8 +4,8 @@ NUMBER.tokens       the token ids of its documents, one after the other, in the 
 NUMBER.documents    a ROW for each of them, in the same order
 NUMBER.json         counts and hashes; written last
 
-They are checked where they are read, and a part that is not as it was written (after a power failure, say, as nothing
-here waits for the disk) is made again.
+Nothing here waits for the disk. The first two are held against the hashes in the third when they are merged, and a part
+that is not as it was written (after a power failure, say) counts as missing and is made again.
 
 Documents of one split keep the corpus's order; splits take turns every few megabytes.
 """
@@ -35,7 +35,7 @@ from mamba_pretrain.data.encodings import Encodings, OutsideError
 from mamba_pretrain.data.manifest import from_json
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import TokenizerError
-from mamba_pretrain.data.writer import MAX_TOKENS
+from mamba_pretrain.data.writer import MAX_TOKENS, token_dtype
 from mamba_pretrain.files import DISK_FULL, sha256_of
 
 log = logging.getLogger("mamba_pretrain")
@@ -258,18 +258,25 @@ def _progress(unit: int, writer: PartWriter) -> Progress:
 
 
 def finished(store: Store, plan: Plan) -> dict[int, Counts]:
-    """The parts that are there and are what the plan's --on-error would make: nothing left out unless it says so."""
-    found, names = {}, store.names()
-    for name in sorted(names):
+    """The parts that are there and are what the plan's --on-error would make: nothing left out unless it says so.
+
+    Of their files the sizes are looked at, the hashes are not.
+    """
+    found, sizes = {}, store.names()
+    width = token_dtype(plan.tokenizer.vocab_size).itemsize
+    for name in sorted(sizes):
         number, _, kind = name.partition(".")
         if kind != "json" or not number.isdecimal() or int(number) >= len(plan.parts):
-            continue
-        if not names.issuperset(f"{number}.{kind}" for kind in KINDS):
             continue
         try:
             counts = from_json(Counts, json.loads(store.read(name)), f"{store}/{name}")
             if counts.sha256.keys() != {"documents", "tokens"}:
                 raise ShardError(f"sha256 of {sorted(counts.sha256)}")
+            for kind, size in (("tokens", counts.tokens * width), ("documents", counts.documents * ROW.itemsize)):
+                is_now = sizes.get(file := f"{number}.{kind}")
+                if is_now != size:
+                    state = "is not there" if is_now is None else f"has {is_now:,} bytes"
+                    raise ShardError(f"{file} {state}, expected {size:,}")
         except ValueError as error:
             log.warning("%s/%s is not what was written, its part is made again: %s", store, name, error)
             continue
@@ -288,11 +295,15 @@ def sweep(store: Store, parts: range) -> None:
 
 
 def rows_of(store: Store, part: int, counts: Counts) -> Iterator[np.ndarray]:
-    """The part's ROWs, some at a time. Raises ShardError if they are not those that were written."""
+    """The part's ROWs, some at a time. Raises DamagedError if they are not those that were written."""
     with contextlib.closing(Checked(store, part, "documents", counts)) as stream:
         for block in stream.blocks(ROW.itemsize * counts.documents, ROW.itemsize << 15):
             yield np.frombuffer(block, ROW)
         stream.require_end()
+
+
+class DamagedError(ShardError):
+    """A file of a part is not what was written; the part counts as missing from now on."""
 
 
 class Checked:
@@ -304,7 +315,7 @@ class Checked:
         self._stream = store.open(self._name)
 
     def blocks(self, size: int, at_once: int = BUFFER_BYTES) -> Iterator[bytes]:
-        """The next `size` bytes. Raises ShardError if there are fewer."""
+        """The next `size` bytes. Raises DamagedError if there are fewer."""
         while size:
             block = self._stream.read(wanted := min(size, at_once))
             if len(block) < wanted:
@@ -314,7 +325,7 @@ class Checked:
             yield block
 
     def require_end(self) -> None:
-        """Raises ShardError where there is more, or what was read is not what was written."""
+        """Raises DamagedError where there is more, or what was read is not what was written."""
         if self._stream.read(1):
             raise self._damaged("goes on after its last document")
         if self._digest.hexdigest() != self._expected:
@@ -323,9 +334,6 @@ class Checked:
     def close(self) -> None:
         self._stream.close()
 
-    def _damaged(self, how: str) -> ShardError:
+    def _damaged(self, how: str) -> DamagedError:
         self._store.remove(f"{self._name.partition('.')[0]}.json")  # and with it the part
-        return ShardError(
-            f"{self._store}/{self._name} {how}: it is not what was written. Its part counts as missing from now on: "
-            "start the same command again"
-        )
+        return DamagedError(f"{self._name} {how}")

@@ -10,13 +10,11 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import re
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +22,7 @@ import mamba_pretrain
 from data_prep.corpus import Corpus
 from data_prep.records import Reading, Unit
 from data_prep.store import DRAFT, Store, store_at
-from data_prep.streams import is_url
+from data_prep.streams import modified_ns
 from mamba_pretrain.data.manifest import SourceInfo, SplitRule, TokenizerInfo, from_json
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
@@ -63,8 +61,8 @@ class Plan:
     parts: list[int]  # the first unit of each
     versions: dict[str, str]
     choices: Choices
-    begun: float = field(default_factory=time.time)
-    version: int = 2
+    modified: list[int]  # of each input, as streams.modified_ns
+    version: int = 3
 
     @classmethod
     def make(
@@ -102,6 +100,7 @@ class Plan:
             parts=_parts([unit.bytes for unit in units], unit_bytes),
             versions=versions(),
             choices=Choices(corpus.on_error, drop_duplicates, list(command)),
+            modified=[modified_ns(source.path) for source in inputs],
         )
 
     @classmethod
@@ -193,22 +192,22 @@ def agree(store: Store, plan: Plan, tokenizer: Tokenizer, *, alone: bool) -> Non
                 f"{store} holds the parts of another build with this output: {'; '.join(differences)}. Finish that one "
                 "with the same inputs and options, or remove the directory"
             )
-        if written := _written_since(before):
-            log.warning(
-                "%d inputs were written to since %s was begun, and have the size they had: %s. Where their text "
-                "changed, remove that directory and begin anew: finished parts hold the text of before",
-                len(written),
-                store,
-                ", ".join(written[:3]) + (", ..." if len(written) > 3 else ""),
-            )
+        warn_of_changes(store, before)
         if before.choices != plan.choices:
-            store.write(PLAN, _to_json(dataclasses.replace(plan, begun=before.begun)))
+            store.write(PLAN, _to_json(dataclasses.replace(before, choices=plan.choices)))
 
 
-def _written_since(plan: Plan) -> list[str]:
-    """The inputs on this machine's file systems that a clock of theirs says it of."""
-    paths = [source.path for source in plan.inputs if not is_url(source.path)]
-    return [path for path in paths if os.path.exists(path) and os.stat(path).st_mtime > plan.begun]
+def warn_of_changes(store: Store, plan: Plan) -> None:
+    """Names inputs that may not be what finished parts were made of, though their sizes are the same."""
+    known = ((source.path, was) for source, was in zip(plan.inputs, plan.modified, strict=True) if was)
+    changed = [path for path, was in known if modified_ns(path) not in (0, was)]
+    if changed:
+        log.warning(
+            "inputs have another time of modification than when %s was begun: %s. If their text changed, remove that "
+            "directory and begin anew: finished parts hold the text of before",
+            store,
+            ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else ""),
+        )
 
 
 def planned_tokenizer(store: Store, plan: Plan) -> Tokenizer:
@@ -243,7 +242,7 @@ def _differences(before: Plan, now: Plan) -> list[str]:
         differences[3:] = [f"and {len(differences) - 3} other inputs"]
     for name in (one.name for one in dataclasses.fields(Plan)):
         was, is_now = getattr(before, name), getattr(now, name)
-        if was != is_now and name not in ("inputs", "units", "parts", "choices", "begun"):
+        if was != is_now and name not in ("inputs", "units", "parts", "choices", "modified"):
             differences.append(f"{name} was {_short(was)}, is {_short(is_now)}")
     if not differences and (before.units, before.parts) != (now.units, now.parts):
         differences.append("the inputs are cut into other units")

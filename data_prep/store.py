@@ -34,8 +34,8 @@ REMOTE_BLOCKS: Final = 9000  # S3 takes at most 10,000 in one object
 class Store(Protocol):
     """Pickles, so that worker processes write into it themselves."""
 
-    def names(self) -> set[str]:
-        """Of the files held; none where the directory does not exist."""
+    def names(self) -> dict[str, int]:
+        """Of the files held, with their bytes; none where the directory does not exist."""
 
     def read(self, name: str) -> bytes: ...
 
@@ -46,7 +46,7 @@ class Store(Protocol):
         """A local path at which to write the file that `add` puts in place."""
 
     def drafts(self) -> list[Path]:
-        """Those that were never added; of a remote store, this machine's, whose processes are gone."""
+        """Those of this machine that were never added and whose processes are gone."""
 
     def add(self, draft: Path, name: str) -> None: ...
 
@@ -72,8 +72,15 @@ class LocalStore(Store):
     def __str__(self) -> str:
         return str(self._root)
 
-    def names(self) -> set[str]:
-        return {path.name for path in self._root.iterdir()} if self._root.is_dir() else set()
+    def names(self) -> dict[str, int]:
+        if not self._root.is_dir():
+            return {}
+        with os.scandir(self._root) as entries:
+            found = {}
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # another process has put it in place or removed it
+                    found[entry.name] = entry.stat().st_size
+            return found
 
     def read(self, name: str) -> bytes:
         return (self._root / name).read_bytes()
@@ -85,7 +92,8 @@ class LocalStore(Store):
         return self._root / f"{name}{DRAFT}{socket.gethostname()}-{os.getpid()}"
 
     def drafts(self) -> list[Path]:
-        return [self._root / name for name in self.names() if DRAFT in name]
+        mine = f"{DRAFT}{socket.gethostname()}-"
+        return [self._root / name for name in self.names() if mine in name and not _lives(name)]
 
     def add(self, draft: Path, name: str) -> None:
         draft.replace(self._root / name)
@@ -109,7 +117,13 @@ class LocalStore(Store):
     def lock(self, name: str, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
         path = self._root / name
         while True:
-            self._root.mkdir(parents=True, exist_ok=True)
+            try:
+                self._root.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ShardError(
+                    f"{self._root}, which is to hold the parts of the build, cannot be made: {error.strerror} "
+                    f"({error.filename}). Choose an output elsewhere"
+                ) from error
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 self._flock(path, descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX), wait)
@@ -170,12 +184,13 @@ class RemoteStore(Store):
         except Exception as error:
             raise OSError(errno.EIO, f"{self._url}: {error!r}") from error
 
-    def names(self) -> set[str]:
+    def names(self) -> dict[str, int]:
         with self._errors():
             self._fs.invalidate_cache()
             if not self._fs.exists(self._path()):
-                return set()
-            return {path.rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._path(), detail=False)}
+                return {}
+            listed = self._fs.ls(self._path(), detail=True)
+            return {info["name"].rstrip("/").rpartition("/")[2]: info["size"] or 0 for info in listed}
 
     def read(self, name: str) -> bytes:
         with self._errors():
@@ -197,9 +212,8 @@ class RemoteStore(Store):
         return Path(tempfile.gettempdir()) / f"{name}{self._mark}{os.getpid()}"
 
     def drafts(self) -> list[Path]:
-        # Only those whose process is gone: others may work with the same store, which has no locks.
         found = Path(tempfile.gettempdir()).glob(f"*{self._mark}*")
-        return [path for path in found if not Path(f"/proc/{path.name.rpartition('-')[2]}").exists()]
+        return [path for path in found if not _lives(path.name)]
 
     @property
     def _mark(self) -> str:
@@ -228,6 +242,11 @@ class RemoteStore(Store):
     def lock(self, name: str, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
         self.write(name, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
+
+
+def _lives(draft: str) -> bool:
+    """Whether the process that began it does; tasks that divide the work otherwise may be at the same part."""
+    return Path(f"/proc/{draft.rpartition('-')[2]}").exists()
 
 
 def _same_file(path: Path, descriptor: int) -> bool:

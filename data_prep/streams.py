@@ -98,6 +98,17 @@ def size_of(source: str) -> int | None:
     return os.stat(source).st_size
 
 
+def modified_ns(source: str) -> int:
+    """When a file, or the newest of a directory's, was last written; 0 where that is not known, as of a URL."""
+    if is_url(source):
+        return 0
+    files = [*Path(source).rglob("*")] if os.path.isdir(source) else [Path(source)]
+    try:
+        return max((file.stat().st_mtime_ns for file in files), default=0)
+    except OSError:
+        return 0
+
+
 def open_raw(source: str, *, seekable: bool = True, span: int | None = None) -> io.BufferedIOBase | IO[bytes]:
     """The bytes of a file as they are stored. `seekable`: not only from the first to the last; `span`: bytes that will
     be read, about, if not all of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -95,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"cause, or that rank was killed ({reason})",
             file=sys.stderr,
         )
-        time.sleep(FOLLOW_S)
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(FOLLOW_S)
         return EXIT_LOST
 
 

@@ -27,7 +27,7 @@ TOKENS: Final = [c_void_p, c_int64, c_uint64]
 ROWS: Final = [c_void_p, c_int64, c_int64, *[c_void_p] * 4]
 ARGUMENTS: Final = {
     "windows": [*TOKENS, c_void_p, c_int64, *ROWS],
-    "searched": [*TOKENS, c_void_p, c_void_p, c_int64, *ROWS],
+    "searched": [*TOKENS, c_void_p, c_void_p, c_int64, c_int64, *ROWS],
     "packed": [*TOKENS, *[c_void_p] * 3, c_int64, c_int64, *ROWS],
 }
 WIDTHS: Final = (1, 2, 4, 8)  # bytes of a token

@@ -17,6 +17,7 @@ read these files and theirs are read here. `writer.py` writes one sequence a doc
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import struct
 from bisect import bisect_left, bisect_right
@@ -98,8 +99,9 @@ class Shard:
         mapped = np.memmap(file, dtype, mode="r", offset=offset, shape=(count,))
         if file == self._idx and hasattr(mmap, "MADV_NOHUGEPAGE"):
             # Else a touch may map 2 MiB around it, all of which counts as this process's memory: a look into the index
-            # of a trillion tokens came to 150 MB.
-            mapped._mmap.madvise(mmap.MADV_NOHUGEPAGE)  # type: ignore[attr-defined]
+            # of a trillion tokens came to 150 MB. A kernel without huge pages refuses the word.
+            with contextlib.suppress(OSError):
+                mapped._mmap.madvise(mmap.MADV_NOHUGEPAGE)  # type: ignore[attr-defined]
         # A plain ndarray view: np.memmap's own __getitem__ costs 1 us more for each number read.
         return np.asarray(mapped)
 
@@ -199,9 +201,9 @@ class Shard:
         )
 
     @property
-    def index_addresses(self) -> tuple[int, int, int]:
-        """Where the sequences' byte offsets and the document index are in memory, and how many sequences there are."""
-        return self._pointers.ctypes.data, self._document_index.ctypes.data, self.n_sequences
+    def index_addresses(self) -> tuple[int, int, int, int]:
+        """Where the sequences' byte offsets and the document index are in memory, the numbers of both."""
+        return self._pointers.ctypes.data, self._document_index.ctypes.data, self.n_sequences, self.n_documents
 
     def document_edges(self, first: int, stop: int) -> NDArray[np.int64]:
         """Where documents [first, stop) begin, and where the last of them ends: (stop - first + 1,) token positions.

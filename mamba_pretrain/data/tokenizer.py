@@ -30,7 +30,12 @@ KNOWN_BOS: Final = ("<|begin_of_text|>", "<|startoftext|>", "<s>", "<bos>", "<|b
 BYTES_FILE: Final = b"Byte tokenizer: ids 0 to 255 are the bytes of UTF-8, 256 begins and ends a document.\n"
 PART: Final = 1 << 16  # characters of a long text that are encoded at a time
 PARTS_AT_ONCE: Final = 8  # for as many threads
-CUT: Final = re.compile(r"(?<=\S)[ \n]")
+# Before whitespace that follows something else, or punctuation that follows a letter or a digit. Only characters that
+# everybody counts as such, and that no normalization to NFC takes apart.
+CUT: Final = re.compile(
+    r"(?<=\S)[ \t\n\r\u3000]"
+    r"|(?<=[A-Za-z0-9\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff])[,.;:!?)\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f]"
+)
 
 Ids = NDArray[np.int32] | NDArray[np.uint8]
 
@@ -327,23 +332,26 @@ def _decodes_bytes(decoder: Any) -> bool:
 def _can_be_cut(settings: dict[str, Any], added: Iterable[Any]) -> bool:
     """Whether the ids of a text are those of its `_parts`, one after the other.
 
-    So it is where GPT-2's pattern makes the words, each of which is encoded by itself: none of them goes on from other
-    characters to whitespace, and what it finds from there on does not depend on what was before; and where no added
-    token, which are looked for first, reaches over such a place.
+    So it is where GPT-2's pattern makes the words, each of which is encoded by itself: none of them goes over a CUT,
+    and what the pattern finds from there on does not depend on what was before; and where no added token, which are
+    looked for first, goes over one or takes it for the edge of a word that it is not. NFC changes nothing across a CUT.
     """
     words, model = settings.get("pre_tokenizer") or {}, settings.get("model") or {}
     return (
         words.get("type") == "ByteLevel"
         and words.get("use_regex", True)
         and not words.get("add_prefix_space", True)
-        and (settings.get("normalizer") or {"type": "NFC"}).get("type") in ("NFC", "NFD")
+        and (settings.get("normalizer") or {"type": "NFC"}).get("type") == "NFC"
         and not model.get("dropout")
-        and not any(token.rstrip or re.search(r"\S\s", token.content) for token in added)
+        and not any(
+            token.rstrip or CUT.search(token.content) or (token.single_word and not token.content[:1].isalnum())
+            for token in added
+        )
     )
 
 
 def _parts(text: str) -> Iterator[str]:
-    """Pieces of PART characters and what follows up to a space or a line feed after another character."""
+    """Pieces of PART characters and what follows up to a CUT."""
     begin = 0
     while len(text) - begin > PART and (cut := CUT.search(text, begin + PART)):
         yield text[begin : cut.start()]

@@ -124,14 +124,15 @@ def test_documents_of_several_sequences_or_of_none(
         assert_equal(rows.read(np.arange(rows.n_rows)), ids, labels, numbers)
 
 
-@pytest.mark.parametrize("code", [8, 4])
+@pytest.mark.parametrize(("code", "sequences"), [(8, 1), (4, 1), (8, 3)])
 def test_documents_are_found_in_the_file_wherever_they_lie(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, sequences: int
 ) -> None:
     """Thousands, of lengths that mislead a guess: one far longer than all others, runs of single tokens."""
     rng = np.random.default_rng(code)
     lengths = [*rng.integers(1, 40, 3000), 90_000, *[1] * 3000, *rng.lognormal(3, 2, 2000).astype(int) + 1, 1]
-    shard = foreign_shard(tmp_path, [[i % 100] * n for i, n in enumerate(lengths)], list(range(len(lengths) + 1)), code)
+    edges = [*range(0, len(lengths), sequences), len(lengths)]  # so many sequences make a document
+    shard = foreign_shard(tmp_path, [[i % 100] * n for i, n in enumerate(lengths)], edges, code)
     for seq_len in (1, 7, 600):
         windows = Windows(shard, seq_len, 100)
         rows = np.sort(rng.permutation(windows.n_rows)[:3000])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import mmap
 import os
 import pickle
 import struct
@@ -130,6 +131,13 @@ def test_writer_refuses_impossible_documents_by_name(
     with pytest.raises(ShardError, match=message), ShardWriter(tmp_path / "train", vocab_size=1000) as writer:
         writer.append(tokens)
     assert not (tmp_path / "train.idx").exists()
+
+
+def test_a_kernel_that_knows_no_huge_pages_opens_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = Shard(make_dataset(tmp_path / "data") / "train")
+    expected = shard.document_bounds(3)
+    monkeypatch.setattr(mmap, "MADV_NOHUGEPAGE", 9999)  # the system answers as it does to what it does not know
+    assert Shard(shard.path).document_bounds(3) == expected
 
 
 def test_a_terabyte_opens_with_four_numbers_read(tmp_path: Path) -> None:

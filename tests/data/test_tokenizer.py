@@ -84,6 +84,9 @@ def test_text_that_spells_a_special_token_is_text(tokenizer: Tokenizer) -> None:
     assert max(ids) < tokenizer.vocab_size
 
 
+MIXED = "ab1'!.,)s<|> \n\n\r\t\x1c\u3042\u3099\u4e2d\u3002\u0958\xa0\u0301\u1e9b\u0323\u2003\u3000\U0001f600"
+
+
 @pytest.fixture
 def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_module, "PART", 5)
@@ -92,11 +95,7 @@ def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("short_parts")
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    texts=st.lists(
-        st.text(st.sampled_from("ab1'!s<|> \n\n\r\t\x1c\xa0\u0301\u1e9b\u0323\u2003\u3000\U0001f600")), min_size=1
-    )
-)
+@given(texts=st.lists(st.text(st.sampled_from(MIXED)), min_size=1))
 def test_a_long_text_in_parts_has_the_ids_of_the_whole(tokenizer: Tokenizer, texts: list[str]) -> None:
     texts.append(" ".join(texts) + "    <|endoftext|>  it's    ")
     found = tokenizer.encode_batch(texts, [text.encode() for text in texts])
@@ -152,13 +151,22 @@ def test_a_text_is_not_cut_where_that_would_change_its_ids(files: dict[str, Path
 
 
 @pytest.mark.usefixtures("short_parts")
-@pytest.mark.parametrize("added", [AddedToken("r a"), AddedToken("river", rstrip=True)])
+@pytest.mark.parametrize(
+    "added",
+    [
+        AddedToken("r a"),
+        AddedToken("d."),
+        AddedToken("river", rstrip=True),
+        AddedToken(" river", single_word=True),
+        AddedToken(".the", single_word=True),
+    ],
+)
 def test_a_text_is_not_cut_where_an_added_token_may_reach_over_it(tmp_path: Path, added: AddedToken) -> None:
     model = byte_level(["<|endoftext|>"])
     model.add_tokens([added])
     model.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
-    text = "the river and the river and the river and"
+    text = "the river and the river and.the river and the and.the river"
     (ids,) = tokenizer.encode_batch([text], [text.encode()])
     assert ids.tolist() == tokenizer.encode(text)
 

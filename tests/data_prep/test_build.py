@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +22,20 @@ from mamba_pretrain.data.dataset import verify
 from mamba_pretrain.data.manifest import Manifest
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import BytesTokenizer, Ids
+from tests.helpers.builds import command, contents, several_inputs
 from tests.helpers.corpora import make_documents, write_jsonl
 
 RULE = split_rule((0.7, 0.2, 0.1), seed=0)
-OPTIONS = ["--tokenizer", "bytes", "--split-fractions", "0.7", "0.2", "0.1", "--unit-bytes", "4000"]
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> list[Path]:
-    """A file of many units, a compressed one, and small ones that share a part."""
-    documents = make_documents(400)
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "b.jsonl.gz").write_bytes(
-        gzip.compress(write_jsonl(tmp_path / "plain", documents[:300]).read_bytes(), mtime=0)
-    )
-    for i in range(5):
-        write_jsonl(tmp_path / "in" / f"c{i}.jsonl", documents[100 + i : 101 + i])
-    return [write_jsonl(tmp_path / "in" / "a.jsonl", documents), tmp_path / "in" / "b.jsonl.gz"] + [
-        tmp_path / "in" / f"c{i}.jsonl" for i in range(5)
-    ]
+    return several_inputs(tmp_path)
 
 
 def make(inputs: list[Path], output: Path, **options: Any) -> Manifest:
     corpus = Corpus(inputs, on_error=options.pop("on_error", "stop"))
     return build(corpus, BytesTokenizer(), output, rule=RULE, **{"unit_bytes": 4000, **options})
-
-
-def command(inputs: list[Path], output: Path, *options: str) -> int:
-    return build_shards.main([*map(str, inputs), "--output", str(output), *OPTIONS, *options])
 
 
 def test_processes_and_units_do_not_change_a_byte(inputs: list[Path], tmp_path: Path) -> None:
@@ -330,73 +309,7 @@ def test_the_plan_is_the_first_to_go(tmp_path: Path, monkeypatch: pytest.MonkeyP
             store.write(name, b"{}")
         monkeypatch.setattr("shutil.rmtree", lambda _: None)
         store.remove_all(first="plan.json")
-    assert store.names() == {"run.lock", "000000.json"}
-
-
-def _first_bit_turned(whole: bytes) -> bytes:
-    return bytes([whole[0] ^ 1]) + whole[1:]
-
-
-@pytest.mark.parametrize(
-    "kind, change, how",
-    [
-        ("tokens", lambda whole: whole[:-2], "ends early"),
-        ("tokens", lambda whole: whole + b"..", "goes on after its last document"),
-        ("tokens", _first_bit_turned, "has another sha256"),
-        ("documents", lambda whole: whole[:-1], "ends early"),
-        ("documents", _first_bit_turned, "has another sha256"),
-    ],
-)
-def test_a_part_that_is_not_what_was_written_is_named_and_made_again(
-    inputs: list[Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    kind: str,
-    change: Callable[[bytes], bytes],
-    how: str,
-) -> None:
-    """So that a build need not wait for the disk: what a power failure leaves of a part is not taken for it."""
-    output = tmp_path / "data"
-    assert command(inputs, output, "--task", "0/1", "--processes", "1") == 0
-    file = Path(f"{output}.work") / f"000002.{kind}"
-    file.write_bytes(change(file.read_bytes()))
-    assert merge_shards.main([str(output)]) == 2
-    assert f"000002.{kind} {how}: it is not what was written" in capsys.readouterr().err
-    assert not output.exists() and merge_shards.main([str(output)]) == 2
-    assert "start these tasks again: --task 0/1" in capsys.readouterr().err
-    assert command(inputs, output, "--task", "0/1", "--processes", "1") == 0
-    assert merge_shards.main([str(output)]) == 0
-    assert command(inputs, tmp_path / "other", "--processes", "1") == 0
-    assert contents(output) == contents(tmp_path / "other")
-
-
-def test_an_input_that_was_written_to_between_two_starts_is_named(
-    inputs: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Its size, which starts are held against, may be the same."""
-    begin = partial(command, inputs, tmp_path / "data", "--processes", "1")
-    assert begin("--task", "0/2") == begin("--task", "1/2") == 0
-    assert "were written to" not in caplog.text
-    later = time.time() + 10
-    os.utime(inputs[1], (later, later))
-    assert begin("--task", "0/2") == 0
-    assert f"1 inputs were written to since {tmp_path / 'data'}.work was begun" in caplog.text
-    assert f"size they had: {inputs[1]}. Where" in caplog.text
-
-
-def test_a_part_of_which_a_file_is_lost_is_made_again(
-    inputs: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    output = tmp_path / "data"
-    assert command(inputs, output, "--task", "0/1", "--processes", "1") == 0
-    work = Path(f"{output}.work")
-    (work / "000000.tokens").unlink()
-    (work / "000001.documents").unlink()
-    (work / "000002.json").write_bytes(b"")
-    assert command(inputs, output, "--processes", "1") == 0
-    assert "000002.json is not what was written, its part is made again" in caplog.text
-    assert command(inputs, tmp_path / "other", "--processes", "1") == 0
-    assert contents(output) == contents(tmp_path / "other")
+    assert store.names().keys() == {"run.lock", "000000.json"}
 
 
 def test_a_damaged_copy_of_the_tokenizer_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

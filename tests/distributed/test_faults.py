@@ -241,9 +241,15 @@ def test_what_a_rank_raises_is_the_only_traceback_that_is_seen(
         torch.set_num_threads(1)
         if rank() == 1:
             at_step(3, explode)
-        return main(words(dataset, tmp_path))
+        try:
+            return main(words(dataset, tmp_path))
+        finally:
+            (tmp_path / f"ended-{rank()}").write_text(str(int(time.time())))
 
     assert exit_codes(2, work) == [1, 1]
+    # torchrun takes the earliest of these for the root cause, and the first rank of two that are the same.
+    ended = [int((tmp_path / f"ended-{r}").read_text()) for r in range(2)]
+    assert ended[1] < ended[0]
     errors = capfd.readouterr().err
     assert errors.count("Traceback (most recent call last)") == 1
     assert "ZeroDivisionError: the seventh loss is odd" in errors

@@ -98,14 +98,24 @@ Number at(const char* numbers, int64_t i) {  // of a file in which they are not 
     return number;
 }
 
-// An index file in memory: byte offsets of n sequences, and as many documents' first sequences.
+// An index file in memory: byte offsets of `n_sequences`, and the first sequences of `n_documents`.
 struct Index {
     const char *offsets, *documents;
-    int64_t n;
+    int64_t n_sequences, n_documents;
+
+    // As many of the one as of the other: each document is one sequence, if the index is sound.
+    bool plain() const { return n_sequences == n_documents; }
+
+    // Where document i begins, in bytes; -1 where the index is damaged.
+    int64_t start(int64_t i, int64_t end) const {
+        const int64_t sequence = plain() ? i : at<int64_t>(documents, i);
+        if (sequence < 0 || sequence > n_sequences) return -1;
+        return sequence == n_sequences ? end : at<int64_t>(offsets, sequence);
+    }
 };
 
-// The Tokens in [begin, end) with which documents begin. False where each document is not one
-// sequence, some are empty or out of order: that is for Python to look at.
+// The Tokens in [begin, end) with which documents begin. False where some are empty or out of order: that is for Python
+// to look at.
 //
 // Documents are of similar lengths, so that the place of the first is guessed, from both sides in turn: as many documents
 // off as such a guess is wrong by, the next one is likely to be on the other side. Each look at another place is a cache
@@ -113,9 +123,9 @@ struct Index {
 template <class Token>
 bool find_documents(const Index& index, int64_t begin, int64_t end, int64_t total, std::vector<int64_t>& found) {
     constexpr int64_t CLOSE = 32, width = sizeof(Token);
-    const int64_t target = begin * width, stop = end * width;
-    int64_t low = 0, high = index.n;  // the first that is not below the target is one of [low, high]
-    double before = 0, after = static_cast<double>(total) * width, side = -1;
+    const int64_t target = begin * width, stop = end * width, all = total * width;
+    int64_t low = 0, high = index.n_documents;  // the first that is not below the target is one of [low, high]
+    double before = 0, after = all, side = -1;
     for (int step = 1; low < high; step++) {
         const int64_t span = high - low;
         int64_t guess = low + span / 2;
@@ -124,18 +134,18 @@ bool find_documents(const Index& index, int64_t begin, int64_t end, int64_t tota
             const double off = 1 + 1.5 * std::sqrt(span * share * (1 - share));
             guess = low + static_cast<int64_t>(std::min(span - 1.0, std::max(0.0, span * share + side * off)));
         }
-        const int64_t number = at<int64_t>(index.offsets, guess);
+        const int64_t number = index.start(guess, all);
         if (number < target)
             low = guess + 1, before = number, side = 1;
         else
             high = guess, after = number, side = -1;
     }
     found.clear();
-    for (int64_t i = low; i < index.n; i++) {
-        const int64_t number = at<int64_t>(index.offsets, i), token = number / width;
+    for (int64_t i = low; i < index.n_documents; i++) {
+        const int64_t number = index.start(i, all), token = number / width;
         if (number >= stop) break;
         if (token < begin || (!found.empty() && token <= found.back())) return false;
-        if (at<int64_t>(index.documents, i) != i) return false;
+        if (index.plain() && at<int64_t>(index.documents, i) != i) return false;
         found.push_back(token);
     }
     return true;
@@ -193,9 +203,10 @@ INLINED int64_t packed(const Token* tokens, int64_t n_tokens, uint64_t limit, co
         return windows(tokens, n_tokens, limit, documents, n, rows, B, L, {ids, labels, seq_idx, padding});            \
     }                                                                                                                  \
     ROWS rows_searched_##bytes(const Token* tokens, int64_t n_tokens, uint64_t limit, const char* offsets,             \
-                               const char* documents, int64_t n, const int64_t* rows, int64_t B, int64_t L,            \
-                               int64_t* ids, int64_t* labels, int32_t* seq_idx, int64_t* padding) {                    \
-        return searched(tokens, n_tokens, limit, {offsets, documents, n}, rows, B, L,                                  \
+                               const char* documents, int64_t n_sequences, int64_t n_documents, const int64_t* rows,   \
+                               int64_t B, int64_t L, int64_t* ids, int64_t* labels, int32_t* seq_idx,                  \
+                               int64_t* padding) {                                                                     \
+        return searched(tokens, n_tokens, limit, {offsets, documents, n_sequences, n_documents}, rows, B, L,           \
                         {ids, labels, seq_idx, padding});                                                              \
     }                                                                                                                  \
     ROWS rows_packed_##bytes(const Token* tokens, int64_t n_tokens, uint64_t limit, const char* starts,                \
