@@ -29,7 +29,7 @@ from data_prep.plan import MIN_UNIT_BYTES
 from mamba_pretrain.data.manifest import Manifest
 
 ROOT = Path(__file__).parent.parent
-OURS, LIMIT = "ours", "bare loop"
+OURS, LIMIT, FASTEST = "ours", "bare loop", "bare loop by the call for ids alone"
 PEERS = {"datasets": "datasets.map", "datatrove": "datatrove", "megatron": "Megatron's procedure"}
 # Reasons: beside the library's own work stand reading, parsing, hashing and writing, which are cheap; documents do not
 # depend on each other; a tool made for this should not be slower than those made for more.
@@ -157,7 +157,7 @@ class Way:
         return seconds
 
 
-def loops(tokenizer: Path, text: Text, processes: int, stack: ExitStack) -> Callable[[object], float]:
+def loops(tokenizer: Path, text: Text, processes: int, stack: ExitStack, **how: bool) -> Callable[[object], float]:
     """The bare loop in as many processes, each with its part of the documents, all at once: the slowest one's time."""
     parts = [[str(file) for file in text.files[i::processes]] for i in range(processes)]
     target = "benchmarks.tokenize_library:Loop"
@@ -167,7 +167,7 @@ def loops(tokenizer: Path, text: Text, processes: int, stack: ExitStack) -> Call
     pool = stack.enter_context(ThreadPoolExecutor(len(workers)))
 
     def run(_: object) -> float:
-        answers = list(pool.map(lambda worker: worker.call("run").result, workers))
+        answers = list(pool.map(lambda worker: worker.call("run", **how).result, workers))
         text.tokens.setdefault(tokenizer.name, sum(int(one["tokens"]) for one in answers))
         return max(float(one["seconds"]) for one in answers)
 
@@ -190,6 +190,7 @@ def measure_tokenizer(
     failed: dict[str, str] = {}
     with ExitStack() as stack:
         tasks = {_label(LIMIT, n): Task(loops(tokenizer, text, n, stack)) for n in processes}
+        tasks[FASTEST] = Task(loops(tokenizer, text, 1, stack, fast=True))
         for task in tasks.values():
             task.run(None)  # once before all: what the text has of tokens is known from here on
         for way in (OURS, *ways):
@@ -250,6 +251,11 @@ def tell(
             report.add(f"{name}: {label}, start-up", Figure.of(starting, "s"))
     for label, values in rates.items():
         report.add(f"{name}: {label}", Figure.of(values, "MB/s"))
+    fastest = [text.bytes / 1e6 / s for s in seconds.get(FASTEST, [])]
+    report.note(
+        f"{name}: {FASTEST}: {report.add(f'{name}: {FASTEST}', Figure.of(fastest, 'MB/s'))}, of which ours has "
+        f"{report.add(f'{name}: ours / {FASTEST}, 1', ratio(rates.get(_label(OURS, 1), []), fastest))}"
+    )
     for way in (LIMIT, OURS, *ways):
         cells: list[object] = []
         for n in processes:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Sized
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,21 @@ class Loop:
     def __init__(self, tokenizer: str, files: list[str]) -> None:
         self.library, self.texts = Library(tokenizer), texts_of(files)
 
-    def run(self) -> dict[str, float]:
-        encode = self.library.model.encode
+    def run(self, fast: bool = False) -> dict[str, float]:
+        """`fast`: by the call that gives ids alone, without places in the text, or as an array, not as a list."""
+        encode = self._encode(fast)
         began, tokens = time.perf_counter(), 0
-        if self.library.is_json:
-            for text in self.texts:
-                tokens += len(encode(text, add_special_tokens=False).ids)
-        else:
-            for text in self.texts:
-                tokens += len(encode(text))
+        for text in self.texts:
+            tokens += len(encode(text))
         return {"seconds": time.perf_counter() - began, "tokens": tokens}
+
+    def _encode(self, fast: bool) -> Callable[[str], Sized]:
+        model = self.library.model
+        if not self.library.is_json:
+            return partial(model.encode, return_type="numpy") if fast else model.encode
+        if fast:
+            return lambda text: model.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return lambda text: model.encode(text, add_special_tokens=False).ids
 
 
 def texts_of(files: Sequence[str]) -> list[str]:

@@ -89,6 +89,7 @@ def test_a_way_that_does_less_work_is_no_measurement(tmp_path: Path, monkeypatch
 SECONDS = {
     "bare loop, 1 process": [6.0, 12.0],
     "bare loop, 2 processes": [3.0, 6.0],
+    "bare loop by the call for ids alone": [4.0, 8.0],
     "ours, 1 process": [9.0, 18.0],
     "ours, 1 process, start-up": [4.0, 8.0],
     "ours, 2 processes": [5.0, 9.0],
@@ -114,6 +115,7 @@ def test_rates_are_without_start_up_and_ratios_say_how_much_faster_ours_is() -> 
     assert values["neox: ours, 1 process"] == pytest.approx(1.5)
     assert values["neox: ours, 1 process, with start-up"] == pytest.approx((12 / 9 + 12 / 18) / 2)
     assert values["neox: ours / bare loop, 1"] == 1.0
+    assert values["neox: ours / bare loop by the call for ids alone, 1"] == pytest.approx(2 / 3)
     assert values["neox: ours / megatron, 1"] == 4.0
     assert values["neox: ours, 2 / 1"] == 2.0
     assert values["neox: megatron, 2 / 1"] == 2.0
