@@ -149,7 +149,7 @@ def test_a_peer_that_is_not_installed_is_noted_and_misses_its_goals(
     monkeypatch.setattr(
         Way, "run", lambda self, text, _=None: run_command([sys.executable, "-m", "benchmarks.absent"])[0]
     )
-    monkeypatch.setattr(data_tokenize, "loops", lambda *_: lambda _: 1.0)
+    monkeypatch.setattr(data_tokenize, "loops", lambda *_, **__: lambda _: 1.0)
     report = Report("data", {})
     measure_tokenizer(
         report, "neox", tmp_path / "t.json", TEXT, FEW, ways=["absent"], processes=[1], rounds=1, scratch=tmp_path
@@ -171,7 +171,7 @@ def test_a_peer_that_fails_later_spoils_no_other(monkeypatch: pytest.MonkeyPatch
         return 2.0 if text is TEXT else 1.0
 
     monkeypatch.setattr(Way, "run", run)
-    monkeypatch.setattr(data_tokenize, "loops", lambda *_: lambda _: 1.0)
+    monkeypatch.setattr(data_tokenize, "loops", lambda *_, **__: lambda _: 1.0)
     report = Report("data", {})
     measure_tokenizer(
         report, "neox", tmp_path / "t", TEXT, FEW, ways=["megatron"], processes=[1], rounds=3, scratch=tmp_path
