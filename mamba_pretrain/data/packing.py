@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from ctypes import c_int32, c_int64, c_uint64, c_void_p
+from collections.abc import Callable, Sequence
+from ctypes import Structure, byref, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache, cached_property, partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -22,26 +22,37 @@ from mamba_pretrain.data.shards import Shard, ShardError
 
 IGNORE: Final = -100  # the label that torch's cross entropy leaves out
 PACKINGS: Final = ("windows", *HOW)
-# Of the compiled functions, a c_void_p is an array: tokens and what they may be; documents or pieces; rows; Outputs.
-TOKENS: Final = [c_void_p, c_int64, c_uint64]
-ROWS: Final = [c_void_p, c_int64, c_int64, *[c_void_p] * 4]
-ARGUMENTS: Final = {
-    "windows": [*TOKENS, c_void_p, c_int64, *ROWS],
-    "searched": [*TOKENS, c_void_p, c_void_p, c_int64, c_int64, *ROWS],
-    "packed": [*TOKENS, *[c_void_p] * 3, c_int64, c_int64, *ROWS],
-}
+# Of the compiled functions: what rows are cut by, and the tables and counts of their Source.
+KINDS: Final = (
+    "windows",  # where documents begin, and how many there are
+    "searched",  # the index's byte offsets and its documents, and how many there are of each
+    "packed",  # Pack.layout
+)
 WIDTHS: Final = (1, 2, 4, 8)  # bytes of a token
 LIBRARY: Final = Library(
     "rows",
     Path(__file__).parent / "csrc",
     "rows.cpp",
-    tuple(f"rows_{kind}_{width}" for kind in ARGUMENTS for width in WIDTHS),
+    tuple(f"rows_{kind}_{width}" for kind in KINDS for width in WIDTHS),
     ("-std=c++17", "-O3", "-fPIC"),
 )
 
 Functions = dict[tuple[str, int], Any]  # by kind and width of a token
 
 log = logging.getLogger("mamba_pretrain")
+
+
+class Source(Structure):
+    """What all rows of a split are read from; void pointers are addresses of arrays."""
+
+    _fields_ = (
+        ("tokens", c_void_p),
+        ("n_tokens", c_int64),
+        ("limit", c_uint64),
+        ("length", c_int64),
+        ("tables", c_void_p * 3),
+        ("counts", c_int64 * 2),
+    )
 
 
 class Block(NamedTuple):
@@ -76,8 +87,8 @@ class Piece(NamedTuple):
     goes_on: bool  # its document has more after it, so that its last label is the token there
 
 
-Outputs = tuple[int, int, int, int]  # addresses of a block's arrays
-Reader = Callable[[int, int, Outputs], int]  # as Rows.write; returns the first of the rows that it cannot read, else -1
+Outputs = tuple[int, ...]  # four addresses of a block's arrays
+Reader = Callable[..., int]  # rows, count, *outputs as Rows.write; returns the first row that it cannot read, else -1
 
 
 class Rows(Protocol):
@@ -146,7 +157,7 @@ class _Pieces(ABC):
 
     def write(self, rows: int, count: int, outputs: Outputs) -> None:
         read = self._reader
-        refused = 0 if read is None else read(rows, count, outputs)
+        refused = 0 if read is None else read(rows, count, *outputs)
         if refused < 0:
             return
         block, numbers = Block.at(outputs, count, self.seq_len), _array(rows, c_int64, (count,)).tolist()
@@ -166,6 +177,12 @@ class _Pieces(ABC):
 
     @abstractmethod
     def _reader_of(self, functions: Functions) -> Reader: ...
+
+    def _source(self, tables: Sequence[int], counts: Sequence[int]) -> Any:
+        """A reference to a Source, which it keeps alive."""
+        shard = self.shard
+        given = (c_void_p * 3)(*tables), (c_int64 * 2)(*counts)
+        return byref(Source(shard.stored_address, shard.n_tokens, self._limit, self.seq_len, *given))
 
     def _fill(self, block: Block, b: int, row: int) -> None:
         assert 0 <= row < self.n_rows
@@ -209,21 +226,21 @@ class Windows(_Pieces):
 
     def _reader_of(self, functions: Functions) -> Reader:
         shard, length = self.shard, self.seq_len
-        read = partial(functions["windows", shard.dtype.itemsize], shard.stored_address, shard.n_tokens, self._limit)
-
+        read = functions["windows", shard.dtype.itemsize]
         if (starts := shard.resident_starts) is not None:
-            resident = partial(read, shard.starts_address, len(starts))
-            return lambda rows, count, outputs: resident(rows, count, length, *outputs)
-        searched = partial(functions["searched", shard.dtype.itemsize], *read.args, *shard.index_addresses)
+            return partial(read, self._source([shard.starts_address], [len(starts)]))
+        offsets, documents, *counts = shard.index_addresses
+        searched = partial(functions["searched", shard.dtype.itemsize], self._source([offsets, documents], counts))
 
-        def search(rows: int, count: int, outputs: Outputs) -> int:
-            refused: int = searched(rows, count, length, *outputs)
+        def search(rows: int, count: int, *outputs: int) -> int:
+            refused: int = searched(rows, count, *outputs)
             if refused < 0:
                 return refused
             # An index that is not as plain as ours, or damaged.
             for b, row in enumerate(_array(rows, c_int64, (count,)).tolist()):
                 starts = shard.document_starts(row * length + 1, (row + 1) * length + 1)
-                if read(starts.ctypes.data, len(starts), rows + 8 * b, 1, length, *row_of(outputs, b, length)) >= 0:
+                source = self._source([starts.ctypes.data], [len(starts)])
+                if read(source, rows + 8 * b, 1, *row_of(outputs, b, length)) >= 0:
                     return b
             return -1
 
@@ -260,13 +277,11 @@ class Packed(_Pieces):
         return pieces
 
     def _reader_of(self, functions: Functions) -> Reader:
-        shard, length = self.shard, self.seq_len
-        read = partial(functions["packed", shard.dtype.itemsize], shard.stored_address, shard.n_tokens, self._limit)
-        packed = partial(read, *self.pack.layout)
-        return lambda rows, count, outputs: packed(rows, count, length, *outputs)
+        *tables, n_pieces, n_rows = self.pack.layout
+        return partial(functions["packed", self.shard.dtype.itemsize], self._source(tables, [n_pieces, n_rows]))
 
 
-def row_of(outputs: Outputs, b: int, length: int) -> Outputs:
+def row_of(outputs: Sequence[int], b: int, length: int) -> Outputs:
     """Where row b of a block is."""
     ids, labels, seq_idx, padding = outputs
     before = b * length
@@ -286,8 +301,8 @@ def compiled_functions() -> Functions | None:
         log.warning("rows are read by numpy, which takes several times as long: %s; %s", error, error.mend)
         return None
     functions: Functions = {}
-    for kind, arguments in ARGUMENTS.items():
-        for width in WIDTHS:
-            functions[kind, width] = function = getattr(library, f"rows_{kind}_{width}")
-            function.argtypes, function.restype = arguments, c_int64
+    for kind, width in product(KINDS, WIDTHS):
+        functions[kind, width] = function = getattr(library, f"rows_{kind}_{width}")
+        function.argtypes = [c_void_p, c_void_p, c_int64, *[c_void_p] * 4]  # Source, rows, their number, Outputs
+        function.restype = c_int64
     return functions
