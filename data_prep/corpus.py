@@ -11,6 +11,7 @@ import hashlib
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -330,6 +331,11 @@ def digest_of(utf8: bytes) -> bytes:
     return hashlib.sha256(utf8).digest()[:16]
 
 
+@cache
+def _keyed(seed: int) -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=8, key=b"split %d" % seed)
+
+
 def split_of(digest: bytes, source: str, rule: SplitRule) -> str:
     """The split of a document, by its `digest_of` and the input it is of.
 
@@ -337,8 +343,9 @@ def split_of(digest: bytes, source: str, rule: SplitRule) -> str:
     """
     if source in rule.inputs:
         return rule.inputs[source]
-    keyed = hashlib.blake2b(digest, digest_size=8, key=b"split %d" % rule.seed).digest()
-    u, total = int.from_bytes(keyed, "little") / 2**64, 0.0
+    keyed = _keyed(rule.seed).copy()
+    keyed.update(digest)
+    u, total = int.from_bytes(keyed.digest(), "little") / 2**64, 0.0
     for split, share in rule.fractions.items():
         total += share
         if u < total:

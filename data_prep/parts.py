@@ -213,6 +213,7 @@ def write_part(
             else:
                 writer.counts.sha256[kind] = sha256_of(draft)
             store.add(draft, f"{task.part:06d}.{kind}")
+        drafts.clear()
         return writer.counts
     except (CorpusError, ShardError, TokenizerError) as error:
         return Failed(str(error))

@@ -38,16 +38,19 @@ class Encodings:
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> None:
         self.tokenizer, self.dtype = tokenizer, dtype
         self._table = _table(tokenizer)
+        functions = compiled() or {}
+        self._words = functions.get(("words",))
+        self._store = {key[1]: function for key, function in functions.items() if key[2:] == (dtype.itemsize,)}
 
     def store(self, ids: Ids, utf8: bytes) -> tuple[NDArray[Any], bool]:
         """The ids (n,) as `dtype`, and whether they decode to exactly these bytes. Raises OutsideError."""
-        functions, tokenizer = compiled(), self.tokenizer
-        if functions is None:
+        tokenizer, store = self.tokenizer, self._store.get(ids.itemsize)
+        if store is None:
             if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
                 raise self._outside(int(np.argmax((ids < 0) | (ids >= tokenizer.vocab_size))), ids)
             return ids.astype(self.dtype), tokenizer.decode_bytes(ids.tolist()) == utf8
         stored, table = np.empty(len(ids), self.dtype), self._table
-        found = functions["store", ids.itemsize, stored.itemsize](
+        found = store(
             ids.ctypes.data,
             len(ids),
             tokenizer.vocab_size,
@@ -63,8 +66,7 @@ class Encodings:
 
     def words(self, utf8: bytes) -> int:
         """How many `str.split` makes of the text."""
-        functions = compiled()
-        return len(utf8.decode().split()) if functions is None else int(functions["words",](utf8, len(utf8)))
+        return len(utf8.decode().split()) if self._words is None else int(self._words(utf8, len(utf8)))
 
     def _outside(self, i: int, ids: Ids) -> OutsideError:
         return OutsideError(
