@@ -23,7 +23,7 @@ from data_prep.command import available_cores, new_parser, run
 from data_prep.corpus import Corpus, add_split_arguments, chosen_rule, split_files
 from data_prep.merge import UselessError, merge, require_room
 from data_prep.parts import Counts, Failed, Progress, Task, finished, left_out, sweep, write_part
-from data_prep.plan import ALONE_UNIT_BYTES, PLAN, Plan, agree, has_parts, name_of, planned_tokenizer, work_of
+from data_prep.plan import PLAN, Plan, agree, has_parts, name_of, planned_tokenizer, work_of
 from data_prep.progress import Meter
 from data_prep.store import Store
 from data_prep.streams import CorpusError, is_url
@@ -69,7 +69,7 @@ def build(
     """
     require_room(output, overwrite)
     store = work_of(output)
-    plan = _plan(corpus, tokenizer, store, {"min_unit_bytes": ALONE_UNIT_BYTES, **what} if processes == 1 else what)
+    plan = _plan(corpus, tokenizer, store, what)
     with store.lock(RUN_LOCK):
         agree(store, plan, tokenizer, alone=True)
         with _kept(store, alone=True):

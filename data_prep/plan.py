@@ -34,7 +34,6 @@ PLAN: Final = "plan.json"
 PLAN_LOCK: Final = "plan.lock"
 OWN_NAME: Final = re.compile(rf"{re.escape(PLAN)}|\w[\w-]*\.lock|(tokenizer\w*|\d{{6}})\.\w+|.+{re.escape(DRAFT)}.+")
 MIN_UNIT_BYTES: Final = 2 << 20  # so that the processes end together; a part costs a millisecond
-ALONE_UNIT_BYTES: Final = 8 << 20  # the same where one process makes all parts
 MAX_UNITS: Final = 1000  # small files in a part
 MAX_PARTS: Final = 4096  # about so many, whatever the corpus: a few thousand files are no burden to a file system
 
@@ -77,7 +76,6 @@ class Plan:
         max_bytes: int = 0,
         drop_duplicates: bool = False,
         unit_bytes: int | None = None,
-        min_unit_bytes: int = MIN_UNIT_BYTES,
         command: Sequence[str] = (),
     ) -> Plan:
         """Bounds are of a document's UTF-8 text, 0 none; `command` is for the manifest."""
@@ -87,7 +85,7 @@ class Plan:
             raise ShardError(f"units of {unit_bytes} bytes: expected 1 or more")
         token_dtype(tokenizer.vocab_size)  # or an error, now rather than in each worker
         inputs = corpus.sources()
-        unit_bytes = unit_bytes or max(min_unit_bytes, -(-sum(source.bytes for source in inputs) // MAX_PARTS))
+        unit_bytes = unit_bytes or max(MIN_UNIT_BYTES, -(-sum(source.bytes for source in inputs) // MAX_PARTS))
         units = corpus.units(unit_bytes)
         return cls(
             inputs=inputs,

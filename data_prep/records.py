@@ -66,7 +66,7 @@ def finished(record: Record, reading: Reading) -> Record:
     if record.text.isascii():
         return record
     try:
-        record.utf8  # noqa: B018  it is used, and kept
+        _ = record.utf8  # the document keeps it
     except UnicodeEncodeError:
         return Invalid("the text holds half of a surrogate pair, which is not a character", record.source, record.line)
     if reading.normalization == "none":

@@ -96,14 +96,15 @@ class Shard:
     def _map(self, file: Path, dtype: str | np.dtype[Any], offset: int, count: int) -> NDArray[Any]:
         if count == 0:  # mmap refuses an empty range
             return np.zeros(0, dtype)
-        mapped = np.memmap(file, dtype, mode="r", offset=offset, shape=(count,))
+        with file.open("rb") as stream:
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         if file == self._idx and hasattr(mmap, "MADV_NOHUGEPAGE"):
             # Else a touch may map 2 MiB around it, all of which counts as this process's memory: a look into the index
             # of a trillion tokens came to 150 MB. A kernel without huge pages refuses the word.
             with contextlib.suppress(OSError):
-                mapped._mmap.madvise(mmap.MADV_NOHUGEPAGE)  # type: ignore[attr-defined]
-        # A plain ndarray view: np.memmap's own __getitem__ costs 1 us more for each number read.
-        return np.asarray(mapped)
+                mapped.madvise(mmap.MADV_NOHUGEPAGE)
+        # Not np.memmap: its own __getitem__ costs 1 us more for each number read.
+        return np.frombuffer(mapped, dtype, count, offset)
 
     @cached_property
     def stored(self) -> NDArray[Any]:
