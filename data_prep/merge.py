@@ -168,7 +168,7 @@ def _copy(
                     splits[rows["split"][begin]].add(rows[begin:end], tokens.blocks(size))
                     lossy += int(rows["lossy"][begin:end].sum(dtype=np.int64))
                 else:
-                    for _ in tokens.blocks(size):  # for its hash
+                    for _ in tokens.blocks(size):  # for its checksum
                         pass
                 progress(size)
         tokens.require_end()

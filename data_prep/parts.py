@@ -2,10 +2,10 @@
 
 NUMBER.tokens       the token ids of its documents, one after the other, in the dataset's dtype
 NUMBER.documents    a ROW for each of them, in the same order
-NUMBER.json         counts and hashes; written last
+NUMBER.json         counts and checksums; written last
 
-Nothing here waits for the disk. The first two are held against the hashes in the third when they are merged, and a part
-that is not as it was written (after a power failure, say) counts as missing and is made again.
+Nothing here waits for the disk. The first two are held against the checksums in the third when they are merged, and a
+part that is not as it was written (after a power failure, say) counts as missing and is made again.
 
 Documents of one split keep the corpus's order; splits take turns every few megabytes.
 """
@@ -13,15 +13,16 @@ Documents of one split keep the corpus's order; splits take turns every few mega
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import logging
 import os
 import struct
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import BinaryIO, Final
 
 import numpy as np
@@ -36,7 +37,7 @@ from mamba_pretrain.data.manifest import from_json
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.data.tokenizer import TokenizerError
 from mamba_pretrain.data.writer import MAX_TOKENS, token_dtype
-from mamba_pretrain.files import DISK_FULL, sha256_of
+from mamba_pretrain.files import DISK_FULL
 
 log = logging.getLogger("mamba_pretrain")
 
@@ -53,7 +54,8 @@ ROW: Final = np.dtype(
 PACK: Final = struct.Struct("<16sqqiBB").pack
 BATCH_CHARACTERS: Final = 1 << 18  # given to the tokenizer at a time
 BATCH_DOCUMENTS: Final = 1024
-KINDS: Final = ("tokens", "documents", "json")
+CHECKED: Final = ("documents", "tokens")
+KINDS: Final = (*CHECKED, "json")
 BUFFER_BYTES: Final = 1 << 22  # of tokens, before they are written or after they were read
 REPORT_S: Final = 1.0
 
@@ -70,7 +72,8 @@ class Counts:
     too_short: int = 0
     too_long: int = 0
     left_out: list[str] = field(default_factory=list)
-    sha256: dict[str, str] = field(default_factory=dict)  # of the part's other files
+    # Of the part's other files: against accidents, at a third of what a hash that none can forge costs.
+    crc32: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CHECKED, 0))
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class PartWriter:
 
     def __init__(self, tokens: BinaryIO, rows: BinaryIO, encodings: Encodings, plan: Plan) -> None:
         self.counts = Counts()
-        self._files = rows, tokens
+        self._files = dict(zip(CHECKED, (rows, tokens), strict=True))
         self._encodings, self._plan = encodings, plan
         self._splits = tuple(plan.split_rule.splits)
         tokenizer, dtype = encodings.tokenizer, encodings.dtype
@@ -133,18 +136,17 @@ class PartWriter:
         self.flush()
         self._source = source
 
-    def mark(self) -> tuple[Counts, int, int]:
+    def mark(self) -> tuple[Counts, list[int]]:
         """A point to which `rewind` goes back; right after `flush` only."""
-        rows, tokens = self._files
-        return dataclasses.replace(self.counts, left_out=list(self.counts.left_out)), rows.tell(), tokens.tell()
+        return copy.deepcopy(self.counts), [file.tell() for file in self._files.values()]
 
-    def rewind(self, mark: tuple[Counts, int, int]) -> None:
-        self.counts, *ends = mark
+    def rewind(self, mark: tuple[Counts, list[int]]) -> None:
+        self.counts, ends = mark
         self._batch, self._characters = [], 0
         for buffers in self._buffers:
             for buffer in buffers:
                 buffer.clear()
-        for file, end in zip(self._files, ends, strict=True):
+        for file, end in zip(self._files.values(), ends, strict=True):
             file.seek(end)
             file.truncate()
 
@@ -153,7 +155,7 @@ class PartWriter:
         # All of a batch before the rest: the tokenizer's tables, and then ours, stay in the core's caches.
         both = zip(*((document.text, document.utf8) for document in batch), strict=True)
         encoded = list(self._encodings.tokenizer.encode_batch(*both))
-        store, count_words = self._encodings.store, self._encodings.words
+        append, count_words = self._encodings.append, self._encodings.words
         rule, extra = self._plan.split_rule, 1 + self._plan.adds_bos
         n_tokens = n_bytes = split = 0
         for document, ids in zip(batch, encoded, strict=True):
@@ -167,12 +169,11 @@ class PartWriter:
             if len(self._splits) > 1:
                 split = self._splits.index(split_of(digest, self._source, rule))
             rows, tokens = self._buffers[split]
+            tokens += self._bos
             try:
-                stored, exact = store(ids, utf8)
+                exact = append(ids, utf8, tokens)
             except OutsideError as error:
                 raise ShardError(f"{document.source}:{document.line}: {error}") from None
-            tokens += self._bos
-            tokens += stored.data
             tokens += self._eod
             rows += PACK(digest, len(utf8), count_words(utf8), length, split, not exact)
             n_tokens += length
@@ -185,8 +186,9 @@ class PartWriter:
 
     def _write(self) -> None:
         for buffers in self._buffers:
-            for file, buffer in zip(self._files, buffers, strict=True):
+            for (kind, file), buffer in zip(self._files.items(), buffers, strict=True):
                 file.write(buffer)
+                self.counts.crc32[kind] = zlib.crc32(buffer, self.counts.crc32[kind])
                 buffer.clear()
 
 
@@ -210,8 +212,6 @@ def write_part(
         for kind, draft in drafts.items():
             if kind == "json":
                 draft.write_text(json.dumps(dataclasses.asdict(writer.counts)))
-            else:
-                writer.counts.sha256[kind] = sha256_of(draft)
             store.add(draft, f"{task.part:06d}.{kind}")
         drafts.clear()
         return writer.counts
@@ -261,7 +261,7 @@ def _progress(unit: int, writer: PartWriter) -> Progress:
 def finished(store: Store, plan: Plan) -> dict[int, Counts]:
     """The parts that are there and are what the plan's --on-error would make: nothing left out unless it says so.
 
-    Of their files the sizes are looked at, the hashes are not.
+    Of their files the sizes are looked at, the checksums are not.
     """
     found, sizes = {}, store.names()
     width = token_dtype(plan.tokenizer.vocab_size).itemsize
@@ -271,8 +271,8 @@ def finished(store: Store, plan: Plan) -> dict[int, Counts]:
             continue
         try:
             counts = from_json(Counts, json.loads(store.read(name)), f"{store}/{name}")
-            if counts.sha256.keys() != {"documents", "tokens"}:
-                raise ShardError(f"sha256 of {sorted(counts.sha256)}")
+            if counts.crc32.keys() != set(CHECKED):
+                raise ShardError(f"crc32 of {sorted(counts.crc32)}")
             for kind, size in (("tokens", counts.tokens * width), ("documents", counts.documents * ROW.itemsize)):
                 is_now = sizes.get(file := f"{number}.{kind}")
                 if is_now != size:
@@ -308,11 +308,11 @@ class DamagedError(ShardError):
 
 
 class Checked:
-    """One of a part's files, read from its beginning to its end and held against its sha256."""
+    """One of a part's files, read from its beginning to its end and held against its checksum."""
 
     def __init__(self, store: Store, part: int, kind: str, counts: Counts) -> None:
         self._store, self._name = store, f"{part:06d}.{kind}"
-        self._expected, self._digest = counts.sha256[kind], sha256()
+        self._expected, self._crc = counts.crc32[kind], 0
         self._stream = store.open(self._name)
 
     def blocks(self, size: int, at_once: int = BUFFER_BYTES) -> Iterator[bytes]:
@@ -321,7 +321,7 @@ class Checked:
             block = self._stream.read(wanted := min(size, at_once))
             if len(block) < wanted:
                 raise self._damaged("ends early")
-            self._digest.update(block)
+            self._crc = zlib.crc32(block, self._crc)
             size -= len(block)
             yield block
 
@@ -329,8 +329,8 @@ class Checked:
         """Raises DamagedError where there is more, or what was read is not what was written."""
         if self._stream.read(1):
             raise self._damaged("goes on after its last document")
-        if self._digest.hexdigest() != self._expected:
-            raise self._damaged("has another sha256")
+        if self._crc != self._expected:
+            raise self._damaged("has another checksum")
 
     def close(self) -> None:
         self._stream.close()

@@ -62,7 +62,7 @@ class Plan:
     versions: dict[str, str]
     choices: Choices
     modified: list[int]  # of each input, as streams.modified_ns
-    version: int = 3
+    version: int = 4
 
     @classmethod
     def make(

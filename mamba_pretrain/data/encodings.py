@@ -4,13 +4,12 @@ its text, how many words it has. csrc/encodings.cpp is fast; without a compiler,
 from __future__ import annotations
 
 import logging
-from ctypes import c_char_p, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mamba_pretrain.compiled import BuildError, Library
 from mamba_pretrain.data.tokenizer import Ids, Tokenizer
@@ -37,32 +36,34 @@ class Encodings:
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> None:
         self.tokenizer, self.dtype = tokenizer, dtype
-        self._table = _table(tokenizer)
         functions = compiled() or {}
         self._words = functions.get(("words",))
         self._store = {key[1]: function for key, function in functions.items() if key[2:] == (dtype.itemsize,)}
+        self._pieces = _Pieces.of(tokenizer)
+        self._make_room(1 << 16)
 
-    def store(self, ids: Ids, utf8: bytes) -> tuple[NDArray[Any], bool]:
-        """The ids (n,) as `dtype`, and whether they decode to exactly these bytes. Raises OutsideError."""
-        tokenizer, store = self.tokenizer, self._store.get(ids.itemsize)
+    def _make_room(self, n: int) -> None:
+        """For n ids on their way from C++: an array made for each document would cost as much as the call."""
+        self._room = np.empty(n, self.dtype)
+        self._address, self._bytes = self._room.ctypes.data, self._room.data.cast("B")
+
+    def append(self, ids: Ids, utf8: bytes, tokens: bytearray) -> bool:
+        """Adds the ids (n,) as `dtype` to the tokens; whether they decode to exactly these bytes. Raises OutsideError,
+        and then adds nothing."""
+        tokenizer, store, n = self.tokenizer, self._store.get(ids.itemsize), ids.size
         if store is None:
-            if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+            if n and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
                 raise self._outside(int(np.argmax((ids < 0) | (ids >= tokenizer.vocab_size))), ids)
-            return ids.astype(self.dtype), tokenizer.decode_bytes(ids.tolist()) == utf8
-        stored, table = np.empty(len(ids), self.dtype), self._table
-        found = store(
-            ids.ctypes.data,
-            len(ids),
-            tokenizer.vocab_size,
-            stored.ctypes.data,
-            *(table.addresses if table else (None, None, None)),
-            tokenizer.drops_space,
-            utf8,
-            len(utf8),
-        )
+            tokens += ids.astype(self.dtype).data
+            return tokenizer.decode_bytes(ids.tolist()) == utf8
+        if n > self._room.size:
+            self._make_room(n)
+        # A copy of the ids costs a tenth of asking numpy for their address.
+        found = store(self._pieces, ids.tobytes(), n, self._address, utf8, len(utf8))
         if found < 0:
             raise self._outside(-1 - found, ids)
-        return stored, found == 1 if table else tokenizer.decode_bytes(ids.tolist()) == utf8
+        tokens += self._bytes[: n * self.dtype.itemsize]
+        return found == 1 if self._pieces.heads else tokenizer.decode_bytes(ids.tolist()) == utf8
 
     def words(self, utf8: bytes) -> int:
         """How many `str.split` makes of the text."""
@@ -75,24 +76,31 @@ class Encodings:
         )
 
 
-class _Table(NamedTuple):
-    """What encodings.cpp knows a tokenizer's pieces by: `heads`, `bytes` and `ends` there."""
+class _Pieces(Structure):
+    """What encodings.cpp knows a tokenizer's pieces by."""
 
-    arrays: tuple[NDArray[Any], ...]
-    addresses: tuple[int, ...]
+    _fields_: ClassVar = [
+        ("number", c_int64),
+        ("heads", c_void_p),
+        ("bytes", c_void_p),
+        ("ends", c_void_p),
+        ("drops_space", c_int64),
+    ]
 
-
-def _table(tokenizer: Tokenizer) -> _Table | None:
-    if tokenizer.pieces is None:
-        return None
-    joined = np.frombuffer(b"".join(tokenizer.pieces) + bytes(HEAD), np.uint8)
-    lengths = np.array([len(piece) for piece in tokenizer.pieces], np.int64)
-    ends = lengths.cumsum()
-    heads = np.empty((len(lengths), HEAD + 1), np.uint8)
-    heads[:, :HEAD] = joined[(ends - lengths)[:, None] + np.arange(HEAD)]
-    heads[:, HEAD] = np.minimum(lengths, 255)
-    arrays = (heads, joined, ends)
-    return _Table(arrays, tuple(array.ctypes.data for array in arrays))
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> _Pieces:
+        if tokenizer.pieces is None:
+            return cls(number=tokenizer.vocab_size)
+        joined = np.frombuffer(b"".join(tokenizer.pieces) + bytes(HEAD), np.uint8)
+        lengths = np.array([len(piece) for piece in tokenizer.pieces], np.int64)
+        ends = lengths.cumsum()
+        heads = np.empty((len(lengths), HEAD + 1), np.uint8)
+        heads[:, :HEAD] = joined[(ends - lengths)[:, None] + np.arange(HEAD)]
+        heads[:, HEAD] = np.minimum(lengths, 255)
+        arrays = heads, joined, ends
+        pieces = cls(tokenizer.vocab_size, *(array.ctypes.data for array in arrays), tokenizer.drops_space)
+        pieces._arrays = arrays  # these are to live as long
+        return pieces
 
 
 @cache
@@ -108,6 +116,6 @@ def compiled() -> dict[tuple[Any, ...], Any] | None:
     functions: dict[tuple[Any, ...], Any] = {("words",): words}
     for widths in WIDTHS:
         functions["store", *widths] = store = getattr(library, "encodings_store_{}_{}".format(*widths))
-        store.argtypes = [c_void_p, c_int64, c_int64, *[c_void_p] * 4, c_int64, c_char_p, c_int64]
+        store.argtypes = [POINTER(_Pieces), c_char_p, c_int64, c_void_p, c_char_p, c_int64]
         store.restype = c_int64
     return functions

@@ -62,11 +62,12 @@ def test_an_encoding_gives_its_text_back_where_its_pieces_join_to_it(
     text = tokenizer.decode_bytes(ids.tolist())
     cut = data.draw(st.integers(0, len(text)))
     others = [text[:cut], text + b"x", text[:cut] + b"\xff" + text[cut + 1 :], b" " + text]
-    store = Encodings(tokenizer, I32 if wide else U16).store
+    dtype = I32 if wide else U16
+    encodings = Encodings(tokenizer, dtype)
     for candidate in (text, *others):
-        stored, gives_back = store(ids, candidate)
-        assert gives_back == (candidate == text)
-        assert stored.dtype == (I32 if wide else U16) and stored.tolist() == ids.tolist()
+        stored = bytearray(b"before")
+        assert encodings.append(ids, candidate, stored) == (candidate == text)
+        assert stored == b"before" + ids.astype(dtype).tobytes()
 
 
 @pytest.mark.usefixtures("either")
@@ -77,18 +78,35 @@ def test_ids_are_stored_in_either_width_and_known_to_give_the_text_back() -> Non
     for tokenizer in (BytesTokenizer(), Opaque()):
         for dtype in (U16, I32):
             for given_ids in (ids, ids.astype(np.int32)):
-                stored, gives_back = Encodings(tokenizer, dtype).store(given_ids, utf8)
-                assert (stored.dtype, stored.tobytes(), gives_back) == (dtype, ids.astype(dtype).tobytes(), True)
-                assert not Encodings(tokenizer, dtype).store(given_ids[:-1], utf8)[1]
-    assert Encodings(BytesTokenizer(), U16).store(np.empty(0, np.int32), b"")[1]
+                stored = bytearray()
+                assert Encodings(tokenizer, dtype).append(given_ids, utf8, stored)
+                assert stored == ids.astype(dtype).tobytes()
+                assert not Encodings(tokenizer, dtype).append(given_ids[:-1], utf8, stored)
+    assert Encodings(BytesTokenizer(), U16).append(np.empty(0, np.int32), b"", bytearray())
 
 
 @pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("wrong", [-1, 257, 70_000, np.iinfo(np.int32).min])
 def test_an_id_outside_the_vocabulary_is_named(wrong: int) -> None:
     for dtype in (U16, I32):
-        with pytest.raises(OutsideError, match=f"gives id {wrong}, its vocabulary has 257"):
-            Encodings(BytesTokenizer(), dtype).store(np.array([1, wrong, 300], np.int32), b"abc")
+        for before in (1, 1000):
+            ids, stored = np.array([1] * before + [wrong, 300], np.int32), bytearray()
+            with pytest.raises(OutsideError, match=f"gives id {wrong}, its vocabulary has 257"):
+                Encodings(BytesTokenizer(), dtype).append(ids, b"abc", stored)
+            assert not stored
+
+
+@pytest.mark.usefixtures("either")
+def test_long_documents_and_long_pieces_are_checked_to_the_end() -> None:
+    """They are compared a block at a time."""
+    pieces = [b"x" * 14, b"y" * 15, b"z" * 16, b"", b"w" * 400]
+    ids = np.random.default_rng(0).integers(0, len(pieces), 200_000, np.int32)
+    text = b"".join(pieces[i] for i in ids)
+    encodings, stored = Encodings(Table(pieces), U16), bytearray()
+    assert encodings.append(ids, text, stored) and stored == ids.astype(U16).tobytes()
+    for place in (0, len(text) // 2, len(text) - 1):
+        assert not encodings.append(ids, text[:place] + b"?" + text[place + 1 :], bytearray())
+    assert not encodings.append(ids, text + b"x", bytearray()) and not encodings.append(ids, text[:-1], bytearray())
 
 
 @pytest.mark.usefixtures("either")
@@ -105,7 +123,8 @@ def test_a_space_that_decoding_drops_is_no_loss(tmp_path: Path) -> None:
     assert tokenizer.drops_space
     encoded = Encodings(tokenizer, U16)
     for text, exact in (("two words", True), (" two words", False), ("two  words", False)):
-        assert encoded.store(next(tokenizer.encode_batch([text], [text.encode()])), text.encode())[1] == exact
+        (ids,) = tokenizer.encode_batch([text], [text.encode()])
+        assert encoded.append(ids, text.encode(), bytearray()) == exact
 
 
 @settings(max_examples=300)
@@ -131,6 +150,6 @@ def test_without_a_compiler_python_does_the_same_and_says_so_once(
     monkeypatch.setattr(Library, "load", fails)
     encoded = Encodings(BytesTokenizer(), U16)
     with caplog.at_level(logging.WARNING):
-        assert encoded.store(np.array([97, 98], np.int32), b"ab")[1] and encoded.words(b"a b") == 2
+        assert encoded.append(np.array([97, 98], np.int32), b"ab", bytearray()) and encoded.words(b"a b") == 2
     (record,) = caplog.records
     assert "encodings are checked by Python" in record.getMessage() and "apt-get install g++" in record.getMessage()

@@ -77,7 +77,7 @@ def test_all_parts_that_have_other_contents_are_named_at_once_and_made_again(
         told = capsys.readouterr().err
         same_kind = kinds[0] == kinds[1]
         assert f"{2 if same_kind else 1} parts in {work} are not what was written" in told
-        assert f"00000{1 if runs == 1 else 3}.{kinds[runs - 1]} has another sha256" in told
+        assert f"00000{1 if runs == 1 else 3}.{kinds[runs - 1]} has another checksum" in told
         assert not output.exists() and merge_shards.main([str(output)]) == 2
         assert "start these tasks again: --task 0/1" in capsys.readouterr().err
         assert command(inputs, output, "--task", "0/1", "--processes", "1") == 0

@@ -7,58 +7,90 @@ namespace {
 
 constexpr int64_t AHEAD = 32;  // entries asked for before they are needed: most of the time here goes to waiting for them
 constexpr int64_t HEAD = 15;  // bytes of a piece in its entry; of English one piece in thousands has more
+constexpr int64_t ENTRY = HEAD + 1;
+constexpr int64_t BLOCK_IDS = 256;
 
-struct Entry {
-    uint64_t words[2];  // little-endian; the last byte is the length
-
-    explicit Entry(const char* bytes) { std::memcpy(words, bytes, sizeof words); }
-    int64_t length() const { return words[1] >> 56; }
+struct Pieces {  // as `_Pieces` in ../encodings.py
+    int64_t number;
+    // The first HEAD bytes of each, filled up with any, and then its length or 255, if that is less. (The tokenizer's own
+    // tables push these out of the caches: an entry is one miss, `ends` and `bytes` are two.) Null: not known.
+    const char* heads;
+    const char* bytes;  // of all, one after the other
+    const int64_t* ends;  // of each in `bytes`
+    int64_t drops_space;  // whether a first byte that is a space does not count
 };
 
-struct Masks {  // of the first bytes of an entry, by their number
-    uint64_t of[HEAD + 1][2] = {};
-    Masks() {
-        for (int n = 0; n <= HEAD; n++)
-            for (int i = 0; i < n; i++) of[n][i / 8] |= uint64_t{0xff} << (8 * (i % 8));
+// What pieces join to, held against a text.
+class Comparison {
+   public:
+    Comparison(const Pieces& pieces, const char* text, int64_t size)
+        : pieces_(pieces), drop_space_(pieces.drops_space), text_(text), left_(size) {}
+
+    // Whether the pieces of n ids, at most BLOCK_IDS of them, go on as the text does. After a no, all is void.
+    // `ahead`: how many more ids follow these.
+    template <class Id>
+    bool take(const Id* ids, int64_t n, int64_t ahead) {
+        char joined[ENTRY * BLOCK_IDS], *end = joined;
+        for (int64_t i = 0; i < n; i++) {
+            if (i + AHEAD < n + ahead) __builtin_prefetch(pieces_.heads + ENTRY * ids[i + AHEAD]);
+            const char* entry = pieces_.heads + ENTRY * ids[i];
+            const int64_t length = static_cast<unsigned char>(entry[HEAD]);
+            if (length > HEAD || drop_space_) {
+                if (!equal(joined, end - joined) || !take_whole(ids[i])) return false;
+                end = joined;
+                continue;
+            }
+            std::memcpy(end, entry, ENTRY);  // as many as the processor copies at once; the next piece covers the rest
+            end += length;
+        }
+        return equal(joined, end - joined);
     }
+
+    bool is_at_end() const { return left_ == 0; }
+
+   private:
+    bool take_whole(int64_t id) {
+        int64_t begin = id ? pieces_.ends[id - 1] : 0;
+        if (drop_space_ && begin < pieces_.ends[id]) {
+            begin += pieces_.bytes[begin] == ' ';
+            drop_space_ = false;
+        }
+        return equal(pieces_.bytes + begin, pieces_.ends[id] - begin);
+    }
+
+    bool equal(const char* bytes, int64_t length) {
+        if (length > left_ || std::memcmp(bytes, text_, length)) return false;
+        text_ += length;
+        left_ -= length;
+        return true;
+    }
+
+    const Pieces& pieces_;
+    bool drop_space_;
+    const char* text_;
+    int64_t left_;
 };
 
-const Masks MASKS;
-
-// Writes n ids as Tokens. `bytes` holds what each id stands for, one after the other, that of id i before ends[i];
-// without `ends` it is not known. `heads` has an Entry for each id: its first HEAD bytes, and how many it
-// has. (The tokenizer's own tables push these out of the caches: an entry is one miss, `ends` and `bytes` are two.)
-// Returns 1 if all ids stand for `text`, 0 if not or not known, and -1 - i if the i-th is not in [0, limit).
-// `drop_space`: a first byte that is a space does not count.
+// Writes n ids as Tokens. Returns 1 if all their pieces join to `text`, 0 if not or not known, and -1 - i if the i-th has
+// no piece.
 template <class Id, class Token>
-int64_t store(const Id* ids, int64_t n, int64_t limit, Token* out, const char* heads, const char* bytes,
-              const int64_t* ends, bool drop_space, const char* text, int64_t size) {
-    bool equal = ends != nullptr;
-    int64_t column = 0;
-    for (int64_t i = 0; i < n; i++) {
-        const int64_t id = ids[i];
-        if (id < 0 || id >= limit) return -1 - i;
-        out[i] = static_cast<Token>(id);
-        if (!equal) continue;
-        if (i + AHEAD < n) __builtin_prefetch(heads + sizeof(Entry) * ids[i + AHEAD]);
-        const Entry piece(heads + sizeof(Entry) * id);
-        if (piece.length() <= HEAD && column + int64_t{sizeof(Entry)} <= size && !drop_space) {
-            const Entry found(text + column);
-            const uint64_t* mask = MASKS.of[piece.length()];
-            equal = (((piece.words[0] ^ found.words[0]) & mask[0]) | ((piece.words[1] ^ found.words[1]) & mask[1])) == 0;
-            column += piece.length();
-            continue;
+int64_t store(const Pieces& pieces, const Id* ids, int64_t n, Token* __restrict out, const char* text, int64_t size) {
+    Comparison comparison(pieces, text, size);
+    bool equal = pieces.heads != nullptr;
+    for (int64_t begin = 0; begin < n; begin += BLOCK_IDS) {
+        const int64_t end = n - begin < BLOCK_IDS ? n : begin + BLOCK_IDS;
+        int32_t least = 0, most = 0;
+        for (int64_t i = begin; i < end; i++) {  // for a compiler to vectorize
+            least = ids[i] < least ? ids[i] : least;
+            most = ids[i] > most ? ids[i] : most;
+            out[i] = static_cast<Token>(ids[i]);
         }
-        int64_t begin = id ? ends[id - 1] : 0;
-        if (drop_space && begin < ends[id]) {
-            begin += bytes[begin] == ' ';
-            drop_space = false;
-        }
-        const int64_t length = ends[id] - begin;
-        equal = length <= size - column && std::memcmp(bytes + begin, text + column, length) == 0;
-        column += length;
+        if (least < 0 || most >= pieces.number)
+            for (int64_t i = begin;; i++)
+                if (ids[i] < 0 || ids[i] >= pieces.number) return -1 - i;
+        equal = equal && comparison.take(ids + begin, end - begin, n - end);
     }
-    return equal && column == size;
+    return equal && comparison.is_at_end();
 }
 
 // Bytes of the character at `c` if str.split() separates at it, else 0. Only those of two and more are looked up here.
@@ -130,11 +162,10 @@ extern "C" int64_t encodings_words(const unsigned char* text, int64_t size) {
     return words;
 }
 
-#define OF_TYPES(name, Id, Token)                                                                                      \
-    extern "C" int64_t encodings_store_##name(const Id* ids, int64_t n, int64_t limit, Token* out, const char* heads,  \
-                                              const char* bytes, const int64_t* ends, int64_t drop_space,              \
-                                              const char* text, int64_t size) {                                        \
-        return store(ids, n, limit, out, heads, bytes, ends, drop_space, text, size);                                  \
+#define OF_TYPES(name, Id, Token)                                                                                \
+    extern "C" int64_t encodings_store_##name(const Pieces* pieces, const Id* ids, int64_t n, Token* out,          \
+                                              const char* text, int64_t size) {                                    \
+        return store(*pieces, ids, n, out, text, size);                                                            \
     }
 
 OF_TYPES(1_2, uint8_t, uint16_t)
