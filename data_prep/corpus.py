@@ -7,13 +7,13 @@ follows the damage is lost, unless the whole of it may be left out.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+
+import xxhash
 
 from data_prep.finding import Found, find, is_dataset
 from data_prep.readers import byte_ranges, read_fasta, read_jsonl, read_txt
@@ -322,18 +322,16 @@ def split_rule(fractions: Sequence[float], seed: int) -> SplitRule:
     if not abs(seed) < 2**63:
         raise CorpusError(f"--seed {seed}: expected a number of at most 63 bits")
     shares = {split: float(share) for split, share in zip(SPLITS, fractions, strict=True) if share > 0}
-    how = "blake2b-64, keyed by the seed, of the first 16 bytes of the text's sha256, against cumulated fractions"
+    how = "XXH3-64, seeded, of the text's XXH3-128 (its 16 bytes, big-endian), against cumulated fractions"
     return SplitRule(seed, shares, how)
 
 
 def digest_of(utf8: bytes) -> bytes:
-    """16 bytes that only copies of a document share, of a hash that processors have instructions for."""
-    return hashlib.sha256(utf8).digest()[:16]
+    """16 bytes that only copies of a document share: of 10^10 documents, two that differ do with odds of 10^-19.
 
-
-@cache
-def _keyed(seed: int) -> hashlib.blake2b:
-    return hashlib.blake2b(digest_size=8, key=b"split %d" % seed)
+    At twenty times the speed of a hash that withstands who wants them to; of a corpus nobody does.
+    """
+    return xxhash.xxh3_128_digest(utf8)
 
 
 def split_of(digest: bytes, source: str, rule: SplitRule) -> str:
@@ -343,9 +341,7 @@ def split_of(digest: bytes, source: str, rule: SplitRule) -> str:
     """
     if source in rule.inputs:
         return rule.inputs[source]
-    keyed = _keyed(rule.seed).copy()
-    keyed.update(digest)
-    u, total = int.from_bytes(keyed.digest(), "little") / 2**64, 0.0
+    u, total = xxhash.xxh3_64_intdigest(digest, rule.seed % 2**64) / 2**64, 0.0
     for split, share in rule.fractions.items():
         total += share
         if u < total:

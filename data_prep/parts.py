@@ -13,19 +13,18 @@ Documents of one split keep the corpus's order; splits take turns every few mega
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import json
 import logging
 import os
 import struct
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, NamedTuple
 
 import numpy as np
+import xxhash
 
 from data_prep.corpus import Corpus, digest_of, split_of
 from data_prep.plan import Plan, name_of
@@ -72,8 +71,7 @@ class Counts:
     too_short: int = 0
     too_long: int = 0
     left_out: list[str] = field(default_factory=list)
-    # Of the part's other files: against accidents, at a third of what a hash that none can forge costs.
-    crc32: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CHECKED, 0))
+    xxh3: dict[str, str] = field(default_factory=dict)  # of the part's other files
 
 
 @dataclass(frozen=True)
@@ -96,12 +94,19 @@ class Failed:
     disk_full: bool = False
 
 
+class Mark(NamedTuple):
+    counts: Counts
+    ends: list[int]  # of the files
+    hashes: dict[str, xxhash.xxh3_128]
+
+
 class PartWriter:
     """Encodes documents in batches and writes them as they come."""
 
     def __init__(self, tokens: BinaryIO, rows: BinaryIO, encodings: Encodings, plan: Plan) -> None:
         self.counts = Counts()
-        self._files = dict(zip(CHECKED, (rows, tokens), strict=True))
+        self._files = rows, tokens
+        self._hashes = {kind: xxhash.xxh3_128() for kind in CHECKED}
         self._encodings, self._plan = encodings, plan
         self._splits = tuple(plan.split_rule.splits)
         tokenizer, dtype = encodings.tokenizer, encodings.dtype
@@ -136,17 +141,22 @@ class PartWriter:
         self.flush()
         self._source = source
 
-    def mark(self) -> tuple[Counts, list[int]]:
-        """A point to which `rewind` goes back; right after `flush` only."""
-        return copy.deepcopy(self.counts), [file.tell() for file in self._files.values()]
+    def finish(self) -> Counts:
+        """When all is flushed."""
+        return dataclasses.replace(self.counts, xxh3={kind: known.hexdigest() for kind, known in self._hashes.items()})
 
-    def rewind(self, mark: tuple[Counts, list[int]]) -> None:
-        self.counts, ends = mark
+    def mark(self) -> Mark:
+        """A point to which `rewind` goes back; right after `flush` only."""
+        counts = dataclasses.replace(self.counts, left_out=list(self.counts.left_out))
+        return Mark(counts, [file.tell() for file in self._files], {k: h.copy() for k, h in self._hashes.items()})
+
+    def rewind(self, mark: Mark) -> None:
+        self.counts, ends, self._hashes = mark
         self._batch, self._characters = [], 0
         for buffers in self._buffers:
             for buffer in buffers:
                 buffer.clear()
-        for file, end in zip(self._files.values(), ends, strict=True):
+        for file, end in zip(self._files, ends, strict=True):
             file.seek(end)
             file.truncate()
 
@@ -186,9 +196,9 @@ class PartWriter:
 
     def _write(self) -> None:
         for buffers in self._buffers:
-            for (kind, file), buffer in zip(self._files.items(), buffers, strict=True):
+            for file, known, buffer in zip(self._files, self._hashes.values(), buffers, strict=True):
                 file.write(buffer)
-                self.counts.crc32[kind] = zlib.crc32(buffer, self.counts.crc32[kind])
+                known.update(buffer)
                 buffer.clear()
 
 
@@ -209,12 +219,12 @@ def write_part(
                     writer.counts.left_out.append(task.left_out[unit])
                 else:
                     _read_unit(unit, writer, report, corpus, plan)
-        for kind, draft in drafts.items():
-            if kind == "json":
-                draft.write_text(json.dumps(dataclasses.asdict(writer.counts)))
-            store.add(draft, f"{task.part:06d}.{kind}")
+        counts = writer.finish()
+        drafts["json"].write_text(json.dumps(dataclasses.asdict(counts)))
+        for kind in KINDS:
+            store.add(drafts[kind], f"{task.part:06d}.{kind}")
         drafts.clear()
-        return writer.counts
+        return counts
     except (CorpusError, ShardError, TokenizerError) as error:
         return Failed(str(error))
     except OSError as error:
@@ -271,8 +281,8 @@ def finished(store: Store, plan: Plan) -> dict[int, Counts]:
             continue
         try:
             counts = from_json(Counts, json.loads(store.read(name)), f"{store}/{name}")
-            if counts.crc32.keys() != set(CHECKED):
-                raise ShardError(f"crc32 of {sorted(counts.crc32)}")
+            if counts.xxh3.keys() != set(CHECKED):
+                raise ShardError(f"xxh3 of {sorted(counts.xxh3)}")
             for kind, size in (("tokens", counts.tokens * width), ("documents", counts.documents * ROW.itemsize)):
                 is_now = sizes.get(file := f"{number}.{kind}")
                 if is_now != size:
@@ -312,7 +322,7 @@ class Checked:
 
     def __init__(self, store: Store, part: int, kind: str, counts: Counts) -> None:
         self._store, self._name = store, f"{part:06d}.{kind}"
-        self._expected, self._crc = counts.crc32[kind], 0
+        self._expected, self._hash = counts.xxh3[kind], xxhash.xxh3_128()
         self._stream = store.open(self._name)
 
     def blocks(self, size: int, at_once: int = BUFFER_BYTES) -> Iterator[bytes]:
@@ -321,7 +331,7 @@ class Checked:
             block = self._stream.read(wanted := min(size, at_once))
             if len(block) < wanted:
                 raise self._damaged("ends early")
-            self._crc = zlib.crc32(block, self._crc)
+            self._hash.update(block)
             size -= len(block)
             yield block
 
@@ -329,7 +339,7 @@ class Checked:
         """Raises DamagedError where there is more, or what was read is not what was written."""
         if self._stream.read(1):
             raise self._damaged("goes on after its last document")
-        if self._crc != self._expected:
+        if self._hash.hexdigest() != self._expected:
             raise self._damaged("has another checksum")
 
     def close(self) -> None:

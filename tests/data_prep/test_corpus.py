@@ -240,6 +240,13 @@ def test_splits_follow_the_fractions_and_the_text_alone() -> None:
     assert [split_of(digest_of(text.encode()), "", split_rule((0.7, 0.2, 0.1), seed=1)) for text in documents] != splits
 
 
+def test_the_hash_of_a_document_is_that_of_its_specification() -> None:
+    """Another release of the library makes the same splits, and finds the parts of this one whole."""
+    assert digest_of(b"").hex() == "99aa06d3014798d86001c324468d497f"
+    rule = split_rule((0.5, 0.25, 0.25), seed=-1)
+    assert [split_of(digest_of(b"%d" % i), "", rule) for i in range(4)] == ["validation", "validation", "train", "test"]
+
+
 def test_splits_without_a_share_get_nothing() -> None:
     rule = split_rule((0.5, 0, 0.5), seed=0)
     assert {split_of(digest_of(text.encode()), "", rule) for text in make_documents(200)} == {"train", "test"}
