@@ -12,6 +12,7 @@ import json
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -151,21 +152,24 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = int(model.get_piece_size())
         if self.vocab_size == 0:
             raise TokenizerError(f"{path} is a SentencePiece model without pieces: an empty or truncated file")
-        names = [model.id_to_piece(i) for i in range(self.vocab_size)]
         self.eod_id = int(model.eos_id())
         if self.eod_id < 0:
             raise TokenizerError(
                 f"{path} has no eos piece, and documents need an end: train one with an eos, or convert it to a "
                 "tokenizer.json, for which --eod of build_shards names a special token"
             )
-        if eod not in (None, names[self.eod_id]):
-            raise TokenizerError(f"{path} ends documents with {names[self.eod_id]!r}, not {eod!r}: leave out --eod")
+        if eod not in (None, name := model.id_to_piece(self.eod_id)):
+            raise TokenizerError(f"{path} ends documents with {name!r}, not {eod!r}: leave out --eod")
         self.bos_id = int(model.bos_id()) if model.bos_id() >= 0 else self.eod_id
-        self.pieces = [self._bytes_of(i, piece) for i, piece in enumerate(names)]
         self.drops_space = model.normalize("a") != "a"
         # The model cannot tell this character in a text from a space. In byte pieces it comes back as itself.
         bytes_of_mark = [model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         self._mark = bytes_of_mark if all(map(model.is_byte, bytes_of_mark)) and not self.drops_space else None
+
+    @cached_property
+    def pieces(self) -> list[bytes]:  # type: ignore[override]
+        # When they are asked for: it takes a tenth of a second, and a build loads the tokenizer three times.
+        return [self._bytes_of(i, self._model.id_to_piece(i)) for i in range(self.vocab_size)]
 
     def _bytes_of(self, i: int, piece: str) -> bytes:
         if self._model.is_control(i):
