@@ -145,13 +145,17 @@ class _MicroBatches(IterableDataset[Batch | ShardError]):
         while True:
             # Not for all the ranks' micro-batches, nor for those of the other loader processes.
             ahead = list(islice(mine, -(-AHEAD // max(self.sizes))))
-            places = self.dataset.mixture.locate(np.concatenate(ahead))
+            numbers, sizes = np.concatenate(ahead), list(map(len, ahead))
+            places = self.dataset.mixture.locate(numbers)
             stages, sources = places.stages.tolist(), places.sources.tolist()
             rows = np.ascontiguousarray(places.rows)
             at, end = rows.ctypes.data, 0
-            for samples in ahead:
-                begin, end = end, end + len(samples)
-                ids, labels, seq_idx, padding = map(torch.from_numpy, Block.empty(len(samples), lengths[stages[begin]]))
+            # Parts of a tensor take half the time that tensors of arrays of their own take.
+            samples = torch.from_numpy(numbers)
+            paddings = torch.empty_like(samples)
+            for mine_now, padding in zip(*(torch.split(t, sizes) for t in (samples, paddings)), strict=True):
+                begin, end = end, end + len(mine_now)
+                ids, labels, seq_idx = map(torch.from_numpy, Block.empty(end - begin, lengths[stages[begin]])[:3])
                 outputs = ids.data_ptr(), labels.data_ptr(), seq_idx.data_ptr(), padding.data_ptr()
                 self.dataset.write(stages[begin], sources[begin:end], at + 8 * begin, outputs)
                 yield {
@@ -159,7 +163,7 @@ class _MicroBatches(IterableDataset[Batch | ShardError]):
                     "labels": labels,
                     "seq_idx": seq_idx,
                     "padding": padding,
-                    "samples": torch.from_numpy(samples),
+                    "samples": mine_now,
                 }
 
     def _end(self, stage: int) -> int:
