@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from ctypes import c_int64
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -15,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from mamba_pretrain.data import loader
 from mamba_pretrain.data.dataset import open_split
 from mamba_pretrain.data.loader import Batch, LoaderError, MixedRows, WindowDataset, batches
 from mamba_pretrain.data.mixture import Mixture, Stage
 from mamba_pretrain.data.order import window_at
-from mamba_pretrain.data.packing import Windows
+from mamba_pretrain.data.packing import Block, Outputs, Windows
 from mamba_pretrain.data.shards import ShardError
 from tests.helpers.corpora import make_dataset
 
@@ -125,6 +127,31 @@ def test_a_mixture_in_stages_is_the_same_for_any_world_and_workers(
         for batch in found:
             for sample, row in zip(batch["samples"].tolist(), batch["input_ids"], strict=True):
                 assert torch.equal(row, reference[sample])
+
+
+class SlowRows:
+    """Each takes as long to read as a batch takes to leave a loader process, and has a padding of its own."""
+
+    seq_len, n_rows, unread_tokens = 8, 1000, 0
+
+    def read(self, rows: NDArray[np.int64]) -> Block:
+        raise AssertionError("rows of batches are written in place")
+
+    def write(self, rows: int, count: int, outputs: Outputs) -> None:
+        time.sleep(0.05)
+        block = Block.at(outputs, count, self.seq_len)
+        for part in block[:3]:
+            part[:] = 1
+        block.padding[:] = 1000 + np.ctypeslib.as_array((c_int64 * count).from_address(rows))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_what_is_read_while_a_batch_leaves_a_loader_process_arrives(workers: int) -> None:
+    """torch moves the memory of what it sends to another process, in a thread of its own."""
+    mixture = Mixture(["a"], [Stage(0, 8, 8, (Fraction(1),))], [{8: 1000}], seed=0)
+    for batch in take(MixedRows(mixture, [[SlowRows()]]), 6, workers=workers):
+        expected = 1000 + mixture.locate(batch["samples"].numpy()).rows
+        assert batch["padding"].tolist() == expected.tolist()
 
 
 def test_a_stage_that_ends_within_a_micro_batch_cuts_it(mixed: MixedRows) -> None:
