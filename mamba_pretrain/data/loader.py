@@ -152,16 +152,20 @@ class _MicroBatches(IterableDataset[Batch | ShardError]):
             rows = np.ascontiguousarray(places.rows)
             at, end = rows.ctypes.data, 0
             # Where a batch is one long row, Python takes a fourth of the time: parts of a tensor are made in half the
-            # time of tensors of arrays of their own, and a Block would take two microseconds more. What is written to
-            # later is no part of anything: a thread of a loader process moves all that a tensor is a part of.
-            for size, samples in zip(sizes, torch.split(torch.from_numpy(numbers), sizes), strict=True):
+            # time of tensors of arrays of their own, and a Block would take two microseconds more.
+            samples = torch.from_numpy(numbers)
+            paddings = torch.empty_like(samples)
+            if get_worker_info() is not None:
+                paddings.untyped_storage().share_memory_()  # else a thread that sends a batch moves it, while the next one is written
+            for size, of_batch, padding in zip(
+                sizes, torch.split(samples, sizes), torch.split(paddings, sizes), strict=True
+            ):
                 begin, end = end, end + size
                 stage = stages[begin]
                 length = lengths[stage]
                 both = np.empty((2, size, length), INT64)  # one allocation, as a Block's
                 ids, labels = torch.from_numpy(both[0]), torch.from_numpy(both[1])
                 seq_idx = torch.from_numpy(np.empty((size, length), INT32))
-                padding = torch.from_numpy(np.empty(size, INT64))
                 outputs = ids.data_ptr(), labels.data_ptr(), seq_idx.data_ptr(), padding.data_ptr()
                 self.dataset.write(stage, sources[begin:end], at + 8 * begin, outputs)
                 yield {
@@ -169,7 +173,7 @@ class _MicroBatches(IterableDataset[Batch | ShardError]):
                     "labels": labels,
                     "seq_idx": seq_idx,
                     "padding": padding,
-                    "samples": samples,
+                    "samples": of_batch,
                 }
 
     def _end(self, stage: int) -> int:
