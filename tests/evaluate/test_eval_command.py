@@ -57,7 +57,7 @@ def test_a_damaged_split_is_not_evaluated(
 ) -> None:
     path = dataset / f"validation{suffix}"
     content = bytearray(path.read_bytes())
-    content[40] ^= 1
+    content[-1] ^= 1  # nothing that opening looks at
     path.write_bytes(content)
     assert evaluate(model, dataset) == 2
     printed = capsys.readouterr()
