@@ -155,8 +155,8 @@ class _MicroBatches(IterableDataset[Batch | ShardError]):
             # time of tensors of arrays of their own, and a Block would take two microseconds more.
             samples = torch.from_numpy(numbers)
             paddings = torch.empty_like(samples)
-            if get_worker_info() is not None:
-                paddings.untyped_storage().share_memory_()  # else a thread that sends a batch moves it, while the next one is written
+            if get_worker_info() is not None:  # else a thread that sends a batch moves it while the next is written
+                paddings.untyped_storage().share_memory_()
             for size, of_batch, padding in zip(
                 sizes, torch.split(samples, sizes), torch.split(paddings, sizes), strict=True
             ):

@@ -53,11 +53,12 @@ def test_counts_below_one_are_refused(
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
 def test_a_damaged_split_is_not_evaluated(
-    model: Path, dataset: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    dataset = make_dataset(tmp_path / "larger", n_documents=400)
     path = dataset / f"validation{suffix}"
     content = bytearray(path.read_bytes())
-    content[-1] ^= 1  # nothing that opening looks at
+    content[34] ^= 1  # of the index, the length of the first of some documents
     path.write_bytes(content)
     assert evaluate(model, dataset) == 2
     printed = capsys.readouterr()
