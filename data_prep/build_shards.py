@@ -12,6 +12,7 @@ import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +27,7 @@ from data_prep.parts import Counts, Failed, Progress, Task, finished, left_out, 
 from data_prep.plan import PLAN, Plan, agree, has_parts, name_of, planned_tokenizer, work_of
 from data_prep.progress import Meter
 from data_prep.store import Store
-from data_prep.streams import CorpusError, is_url
+from data_prep.streams import HTTP, CorpusError, is_named_dataset, is_url
 from mamba_pretrain.data import encodings
 from mamba_pretrain.data.manifest import Manifest
 from mamba_pretrain.data.shards import ShardError
@@ -139,10 +140,13 @@ def make_parts(corpus: Corpus, store: Store, plan: Plan, chosen: range, processe
                     else:
                         unit = at.get(task.part, plan.units_of(task.part)[0])
                         reason = left_out(name_of(plan.units[unit]), result.reason)
-                        if corpus.on_error == "skip-files" and unit not in task.left_out:
-                            tasks.append(Task(task.part, {**task.left_out, unit: reason}))
-                        else:
+                        if corpus.on_error != "skip-files" or unit in task.left_out:
                             failed[task.part] = reason
+                        elif unit in task.fatal:
+                            more = {unit: f"{reason}, and another one before"}
+                            tasks.append(replace(task, left_out={**task.left_out, **more}))
+                        else:  # what ended it may not have been the input
+                            tasks.append(replace(task, fatal=task.fatal | {unit}))
                     meter.finish(task.part, parts.get(task.part))
     except pool.WorkerError as error:
         raise ShardError(str(error)) from error
@@ -251,7 +255,11 @@ def summary(manifest: Manifest) -> str:
         (manifest.not_round_trip, "documents do not decode back to their own bytes: the tokenizer loses text"),
     ):
         rows += [f"warning: {count:,} {what}"] if count else []
-    rows += [f"warning: left out, it could not be read: {reason}" for reason in manifest.selection.left_out]
+    sized = [source for source in manifest.sources if not is_named_dataset(source.path)]  # and web servers may say none
+    empty = [source.path for source in sized if not source.bytes and not source.path.startswith(HTTP)]
+    more = f" and {len(empty) - SHOWN} more" if len(empty) > SHOWN else ""
+    rows += [f"warning: {len(empty):,} inputs are empty files: {', '.join(empty[:SHOWN])}{more}"] if empty else []
+    rows += [f"warning: left out: {reason}" for reason in manifest.selection.left_out]
     return "\n".join(rows)
 
 

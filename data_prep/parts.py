@@ -72,12 +72,14 @@ class Counts:
     too_long: int = 0
     left_out: list[str] = field(default_factory=list)
     xxh3: dict[str, str] = field(default_factory=dict)  # of the part's other files
+    plan: str = ""  # its digest
 
 
 @dataclass(frozen=True)
 class Task:
     part: int
     left_out: dict[int, str] = field(default_factory=dict)  # units not to read, and why
+    fatal: frozenset[int] = frozenset()  # units at which a worker died
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,8 @@ class PartWriter:
 
     def finish(self) -> Counts:
         """When all is flushed."""
-        return dataclasses.replace(self.counts, xxh3={kind: known.hexdigest() for kind, known in self._hashes.items()})
+        xxh3 = {kind: known.hexdigest() for kind, known in self._hashes.items()}
+        return dataclasses.replace(self.counts, xxh3=xxh3, plan=self._plan.digest)
 
     def mark(self) -> Mark:
         """A point to which `rewind` goes back; right after `flush` only."""
@@ -269,7 +272,7 @@ def _progress(unit: int, writer: PartWriter) -> Progress:
 
 
 def finished(store: Store, plan: Plan) -> dict[int, Counts]:
-    """The parts that are there and are what the plan's --on-error would make: nothing left out unless it says so.
+    """The parts that are there, of this plan, and what its --on-error would make: nothing left out unless it says so.
 
     Of their files the sizes are looked at, the checksums are not.
     """
@@ -283,13 +286,15 @@ def finished(store: Store, plan: Plan) -> dict[int, Counts]:
             counts = from_json(Counts, json.loads(store.read(name)), f"{store}/{name}")
             if counts.xxh3.keys() != set(CHECKED):
                 raise ShardError(f"xxh3 of {sorted(counts.xxh3)}")
+            if counts.plan != plan.digest:
+                raise ShardError("it is of a build with other inputs or options")
             for kind, size in (("tokens", counts.tokens * width), ("documents", counts.documents * ROW.itemsize)):
                 is_now = sizes.get(file := f"{number}.{kind}")
                 if is_now != size:
                     state = "is not there" if is_now is None else f"has {is_now:,} bytes"
                     raise ShardError(f"{file} {state}, expected {size:,}")
         except ValueError as error:
-            log.warning("%s/%s is not what was written, its part is made again: %s", store, name, error)
+            log.warning("%s/%s is not what this build wrote, its part is made again: %s", store, name, error)
             continue
         stop, skip = (plan.choices.on_error == choice for choice in ("stop", "skip"))
         if not ((stop and counts.skipped) or ((stop or skip) and counts.left_out)):

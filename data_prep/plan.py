@@ -15,8 +15,11 @@ import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final
+
+import xxhash
 
 import mamba_pretrain
 from data_prep.corpus import Corpus
@@ -118,6 +121,13 @@ class Plan:
         plan = from_json(cls, fields, where)
         assert isinstance(plan, Plan)
         return plan
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that a part depends on: the same for plans whose parts are the same."""
+        fields = dataclasses.asdict(self)
+        del fields["choices"], fields["modified"]
+        return xxhash.xxh3_128_hexdigest(json.dumps(fields).encode())
 
     def units_of(self, part: int) -> range:
         return range(self.parts[part], self.parts[part + 1] if part + 1 < len(self.parts) else len(self.units))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,8 +15,8 @@ from data_prep.streams import TooLong, blanks_before, content, lines
 
 
 def byte_ranges(whole: Unit, unit_bytes: int) -> list[Unit]:
-    """Units of `unit_bytes` each of a plain file, the last one shorter."""
-    total = whole.source_bytes or 0
+    """Units of `unit_bytes` each of a plain file, the last one shorter. None ends in a byte order mark, or with it."""
+    total, unit_bytes = whole.source_bytes or 0, max(unit_bytes, len(codecs.BOM_UTF8) + 1)
     starts = range(0, total, unit_bytes) if total > unit_bytes else range(1)
     stops = [*starts[1:], total]
     return [replace(whole, start=a, stop=b, bytes=b - a) for a, b in zip(starts, stops, strict=True)]

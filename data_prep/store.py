@@ -155,7 +155,7 @@ class RemoteStore(Store):
     """Objects at a URL. Drafts are written to $TMPDIR, one part's at a time for each worker.
 
     Object stores have no locks. Two runs with one plan do no harm there: both put the same bytes, whole objects at a
-    time. Two runs with different plans are told apart by the plan.
+    time. Of two with different plans the later plan stands, and each part says of which it is.
     """
 
     def __init__(self, url: str) -> None:

@@ -152,6 +152,7 @@ class _Remote(io.RawIOBase):
 
     def __init__(self, file: Any) -> None:
         self._file = file
+        self._ended = False  # aiohttp warns, with a traceback, where one reads on at the end, as decompressors do
 
     def readable(self) -> bool:
         return True
@@ -160,14 +161,18 @@ class _Remote(io.RawIOBase):
         return bool(self._file.seekable())
 
     def seek(self, offset: int, whence: int = 0) -> int:
+        self._ended = False
         return int(self._file.seek(offset, whence))
 
     def tell(self) -> int:
         return int(self._file.tell())
 
     def readinto(self, buffer: Any) -> int:
+        if self._ended:
+            return 0
         with as_os_errors():
             found = self._file.read(len(buffer))
+        self._ended = not found and len(buffer) > 0
         buffer[: len(found)] = found
         return len(found)
 

@@ -6,14 +6,16 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from data_prep import build_shards, merge_shards, parts
+from data_prep import build_shards, merge_shards, parts, pool
 from data_prep.build_shards import build
 from data_prep.corpus import Corpus, split_rule
 from data_prep.plan import work_of
@@ -156,9 +158,46 @@ def test_a_bad_file_fails_alone_and_may_be_left_out_later(
     (left_out,) = manifest.selection.left_out
     assert left_out.startswith(f"{bad} is damaged after line") and manifest.skipped_records == 1
     assert sum(info.documents for info in manifest.splits.values()) == 405  # nothing of the damaged file
-    assert f"left out, it could not be read: {bad}" in capsys.readouterr().out
+    assert f"left out: {bad}" in capsys.readouterr().out
     assert command(inputs, tmp_path / "again", "--processes", "2", "--on-error", "skip-files") == 0
     assert contents(tmp_path / "again") == contents(output)
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_an_input_is_left_out_once_two_workers_died_at_it(
+    inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaths: int
+) -> None:
+    """One may have been killed for another's sake, or by hand."""
+    make(inputs, tmp_path / "all")
+    left, died = deaths, "the worker process was ended by SIGKILL (out of memory?)"
+
+    def run(tasks: deque[parts.Task], _: int, __: object, made_of: tuple[Any, ...], report: Any) -> Iterator[Any]:
+        nonlocal left
+        options = dict(zip(("corpus", "plan", "store"), made_of, strict=True))
+        ready = build_shards._encodings(options["store"], options["plan"])
+        while tasks:
+            if (task := tasks.popleft()).part == 1 and left:
+                left -= 1
+                yield task, pool.Failure(died)
+            else:
+                yield task, parts.write_part(task, partial(report, task), encodings=ready, **options)
+
+    monkeypatch.setattr(pool, "run", run)
+    make(inputs, tmp_path / "data", processes=2, on_error="skip-files")
+    assert left == 0
+    if deaths == 1:
+        assert contents(tmp_path / "data") == contents(tmp_path / "all")
+    else:
+        (left_out,) = Manifest.read(tmp_path / "data").selection.left_out
+        assert left_out.startswith(str(inputs[0])) and left_out.endswith(f": {died}, and another one before")
+
+
+def test_empty_files_are_named(inputs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = [tmp_path / name for name in ("x.jsonl", "y.fa")]
+    for path in empty:
+        path.touch()
+    assert command([*inputs, *empty], tmp_path / "data", "--processes", "1") == 0
+    assert f"warning: 2 inputs are empty files: {empty[0]}, {empty[1]}\n" in capsys.readouterr().out
 
 
 def test_nothing_stays_of_a_damaged_file_among_good_ones(

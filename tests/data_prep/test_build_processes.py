@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from data_prep import build_shards
+from mamba_pretrain.data.manifest import Manifest
 from tests.helpers.corpora import make_documents, write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +111,20 @@ def test_a_killed_worker_is_named_with_its_file_and_the_rest_goes_on(
     assert "1 of " in error and n_parts(output) > 3
     assert build_shards.main(arguments(corpus, output, "--processes", "1")) == 0
     assert contents(output) == expected
+
+
+@pytest.mark.slow
+def test_the_input_of_a_killed_worker_is_read_again_before_it_is_left_out(
+    corpus: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = tmp_path / "data"
+    process = start_build(corpus, output, "--processes", "2", "--on-error", "skip-files")
+    wait_for(lambda: n_parts(output) and children(process.pid))
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == 0 and Manifest.read(output).selection.left_out == []
+    found = contents(output)
+    assert found.pop("manifest.json") and found == {k: v for k, v in expected.items() if k != "manifest.json"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])

@@ -174,6 +174,14 @@ def test_what_a_web_server_does_not_have_is_named(web: str) -> None:
         Corpus([f"{web}/gone.jsonl"])
 
 
+def test_a_compressed_answer_is_read_to_its_end_and_no_further(
+    web: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl_bytes(["a log line of some words\n" * 40] * 500)))
+    assert len(texts(Corpus([f"{web}/a.jsonl.gz"]), 100)) == 500
+    assert caplog.text == ""  # aiohttp takes more reads at the end for an infinite loop
+
+
 def test_an_answer_that_ends_early_is_no_whole_file(web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = Corpus([f"{web}/a.jsonl"])
     (unit,) = corpus.units()

@@ -54,9 +54,25 @@ def test_parts_that_are_not_of_the_size_they_had_are_made_again(
     assert command(inputs, tmp_path / "data", "--processes", "1") == 0
     assert contents(tmp_path / "data") == expected
     for number in range(6):
-        assert f"00000{number}.json is not what was written, its part is made again" in caplog.text
+        assert f"00000{number}.json is not what this build wrote, its part is made again" in caplog.text
     assert "000000.tokens has -1 bytes" not in caplog.text and "000000.tokens is not there, expected" in caplog.text
     assert "000003.tokens has " in caplog.text
+
+
+def test_parts_of_a_build_with_other_options_are_made_again(
+    inputs: list[Path], tmp_path: Path, work: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where nothing locks (object stores) a second run may replace the plan while the first one's workers go on."""
+    assert command(inputs, tmp_path / "other", "--min-bytes", "60", "--task", "0/1", "--processes", "1") == 0
+    assert command(inputs, tmp_path / "alone", "--min-bytes", "60", "--processes", "1") == 0
+    (tmp_path / "other.work" / "plan.json").replace(work / "plan.json")
+    assert merge_shards.main([str(tmp_path / "data")]) == 2
+    assert "start these tasks again: --task 0/1" in capsys.readouterr().err
+    assert (
+        "000001.json is not what this build wrote, its part is made again: it is of a build with other" in caplog.text
+    )
+    assert command(inputs, tmp_path / "data", "--min-bytes", "60", "--processes", "1") == 0
+    assert contents(tmp_path / "data") == contents(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("kinds", [("tokens", "tokens"), ("documents", "documents"), ("documents", "tokens")])
