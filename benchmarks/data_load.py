@@ -18,10 +18,11 @@ from benchmarks.synthetic import DTYPE, write_holes, write_letters
 from benchmarks.worker import Worker, WorkerError
 from mamba_pretrain.data.shards import Shard
 
-OURS, LIMIT, PEER = "ours", "numpy gather", "GPTDataset"
+OURS, LIMIT, VIEWS, PEER = "ours", "numpy gather", "numpy gather, labels a view", "GPTDataset"
 TARGETS = {
     OURS: "benchmarks.loading:Ours",
     LIMIT: "benchmarks.loading:Gather",
+    VIEWS: "benchmarks.loading:GatherViews",
     PEER: "benchmarks.loading_megatron:Megatron",
 }
 # Reasons: beside the copy stand document boundaries, labels and a look at all ids; nobody should notice a start.
@@ -44,7 +45,8 @@ def measure_loading(report: Report, options: Any, scratch: Path) -> None:
     report.note(
         f"loading: tokens of {DTYPE.name} in documents of log-normal length around 1,000, in the system's cache; one "
         "thread each, no loader processes; ours resets documents and masks their last labels, the gather and "
-        "GPTDataset (its default reset_position_ids=False; create_attention_mask=False) know no documents"
+        "GPTDataset (its default reset_position_ids=False; create_attention_mask=False) know no documents; labels that "
+        "are a view of the inputs' array cannot be masked"
     )
 
 

@@ -99,8 +99,10 @@ def _show_places(arguments: Namespace, shard: Shard, tokenizer: Tokenizer) -> in
             n += 1
     if n == arguments.hits:
         print(f"stopped after {n:,} places; --hits asks for more, --document begins elsewhere")
-    else:
+    elif shard.n_documents:
         print(f"{n:,} places in documents {first:,} to {shard.n_documents - 1:,} of {arguments.split}")
+    else:
+        print(f"no places: {arguments.split} is empty")
     return 0 if n else 1
 
 

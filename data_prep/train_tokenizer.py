@@ -22,6 +22,7 @@ from data_prep.corpus import Corpus, add_split_arguments, chosen_rule, digest_of
 from data_prep.records import Document
 from data_prep.streams import CorpusError
 from mamba_pretrain.data.tokenizer import TokenizerError, load_tokenizer
+from mamba_pretrain.files import draft_of
 
 DESCRIPTION = """\
 Train a tokenizer on the documents of one split: with the same --seed and --split-fractions as build_shards, it never
@@ -130,18 +131,6 @@ def train_json(texts: Sequence[str], *, vocab_size: int) -> bytes:
     return str(model.to_str(pretty=True)).encode()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    scratch = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with scratch.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
 def parser() -> ArgumentParser:
     result = new_parser("data_prep.train_tokenizer", DESCRIPTION)
     Corpus.add_arguments(result)
@@ -247,8 +236,10 @@ def body(arguments: Namespace) -> int:
         )
         model = sentencepiece.SentencePieceProcessor(model_proto=content)
         pieces = [f"{model.id_to_piece(i)!r}\t{model.get_score(i):g}\n" for i in range(model.get_piece_size())]
-        write_atomically(vocab[0], "".join(pieces).encode())
-    write_atomically(output, content)
+        with draft_of(vocab[0]) as draft:
+            draft.write_text("".join(pieces))
+    with draft_of(output) as draft:
+        draft.write_bytes(content)
     tokenizer = load_tokenizer(output)
     shown = texts[:1000]
     density = sum(len(tokenizer.encode(text)) for text in shown) / sum(len(text.encode()) for text in shown)

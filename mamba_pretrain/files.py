@@ -117,6 +117,24 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def draft_of(output: Path) -> Iterator[Path]:
+    """A path for a file that becomes `output` once it is complete and on disk, if the block ends well.
+
+    A killed process leaves `OUTPUT.tmp-HOST-PID`; the next one with the same output on the same host removes it.
+    """
+    for path in _left(output, "tmp"):
+        path.unlink()
+    draft = _sibling(output, "tmp")
+    try:
+        yield draft
+        sync(draft)
+        draft.rename(output)
+        sync(output.parent)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def _errno(error: Exception) -> int:
     """The system's error number; libraries written in Rust (safetensors) only put it into their message. 0: none."""
     if isinstance(error, OSError):
@@ -133,15 +151,20 @@ def _sibling(output: Path, role: str) -> Path:
 def _sweep(output: Path) -> None:
     """Undoes what processes of this host that are dead by now left beside `output`."""
     for role in ("old", "tmp"):
-        stem = f"{output.name}.{role}-{socket.gethostname()}-"
-        for path in output.parent.glob("*") if output.parent.is_dir() else ():
-            pid = path.name.removeprefix(stem)
-            if not path.name.startswith(stem) or not pid.isdecimal() or (_alive(int(pid)) and int(pid) != os.getpid()):
-                continue
+        for path in _left(output, role):
             if role == "old" and not output.exists():  # killed between the two renames: the old one is the output
                 path.rename(output)
             else:
                 shutil.rmtree(path)
+
+
+def _left(output: Path, role: str) -> Iterator[Path]:
+    """Siblings of `output` whose processes are gone, or this one."""
+    stem = f"{output.name}.{role}-{socket.gethostname()}-"
+    for path in list(output.parent.glob("*")) if output.parent.is_dir() else ():
+        pid = path.name.removeprefix(stem)
+        if path.name.startswith(stem) and pid.isdecimal() and (not _alive(int(pid)) or int(pid) == os.getpid()):
+            yield path
 
 
 def _alive(pid: int) -> bool:

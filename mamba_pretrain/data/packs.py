@@ -23,7 +23,6 @@ a piece of one token, which ends its document, would be read for nothing: it is 
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -36,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamba_pretrain.data.shards import BLOCK_BYTES, ShardError
-from mamba_pretrain.files import sync
+from mamba_pretrain.files import draft_of
 
 MAGIC: Final = b"MAMBPACK"
 VERSION: Final = 2  # 1 had no numbers in the sha256
@@ -166,15 +165,14 @@ def write_pack(
 ) -> int:
     """Writes a pack of exactly `n_pieces`, a block of rows at a time, and returns its number of rows.
 
-    It has another name until it is whole and on disk; a pack that was there before is replaced.
+    A pack that was there before is replaced once the new one is whole and on disk.
     """
-    scratch = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     offsets = HEADER.size, HEADER.size + 8 * n_pieces, HEADER.size + 12 * n_pieces
     digests = [hashlib.sha256() for _ in offsets]
-    try:
-        scratch.touch()
+    with draft_of(path) as draft:
+        draft.touch()
         with ExitStack() as stack:
-            streams = [stack.enter_context(scratch.open("rb+")) for _ in offsets]
+            streams = [stack.enter_context(draft.open("rb+")) for _ in offsets]
             for stream, offset in zip(streams, offsets, strict=True):
                 stream.seek(offset)
 
@@ -195,11 +193,6 @@ def write_pack(
             numbers = seq_len, n_pieces, n_rows, unread_tokens
             sha256 = _combined(digests, *numbers)
             streams[0].write(HEADER.pack(MAGIC, VERSION, HOW[how], *numbers, bytes.fromhex(idx_sha256), sha256))
-        sync(scratch)
-        scratch.rename(path)
-        sync(path.parent)
-    finally:
-        scratch.unlink(missing_ok=True)
     return n_rows
 
 

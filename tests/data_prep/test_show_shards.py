@@ -74,7 +74,9 @@ def test_pieces_of_a_model_that_drops_the_first_space_keep_theirs(
         assert [hit.at for hit in find(shard, load_tokenizer(dataset), "to the sea")] == [text.index("to the sea")]
 
 
-def test_the_search_stops_at_the_hits_asked_for_and_says_so(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_search_stops_at_the_hits_asked_for_and_says_so(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert show_shards.main([str(dataset), "--find", "needle", "--hits", "2"]) == 0
     first, second, last = capsys.readouterr().out.splitlines()
     assert first == "train document 1, byte 4: the >>>needle<<< stands here, and the needle stands there"
@@ -83,6 +85,9 @@ def test_the_search_stops_at_the_hits_asked_for_and_says_so(dataset: Path, capsy
     assert "1 places in documents 2 to 4 of train" in capsys.readouterr().out
     assert show_shards.main([str(dataset), "--find", "haystack"]) == 1
     assert show_shards.main([str(dataset), "--find", ""]) == 2
+    empty = make_dataset(tmp_path / "empty", documents=["a"], fractions=(0.998, 0.001, 0.001))
+    assert show_shards.main([str(empty), "--find", "a", "--split", "test"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "no places: test is empty"
 
 
 def test_statistics_are_those_of_the_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
