@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep import pack_shards
 from mamba_pretrain import preview as preview_module
 from mamba_pretrain.cli import main
 from mamba_pretrain.config import load
@@ -18,7 +19,7 @@ from mamba_pretrain.preview import document_lengths, measure
 from mamba_pretrain.reading import open_reading
 from tests.helpers.corpora import make_dataset
 from tests.helpers.rows import foreign_shard
-from tests.helpers.runs import OPTIONS
+from tests.helpers.runs import OPTIONS, small_config
 
 STAGES = "data.stages=[{}, {from_tokens: 1024, weights: {code: 3}, seq_len: 64}]"
 
@@ -70,6 +71,26 @@ def test_shares_are_those_of_the_rows(words: list[str]) -> None:
     assert expected["padding_share"] == 0
     block = reading.dataset.read(1, np.zeros_like(rows), rows)
     assert (block.labels == IGNORE).sum() == masked
+
+
+@pytest.mark.parametrize(
+    ("how", "rows", "padding", "several"),
+    # Documents of 40, 31, 20, 10 and 8 tokens: 32 of the first alone, its other 8 are packed as a document.
+    [("best_fit", 4, 0 + 1 + (32 - 20 - 10) + (32 - 8 - 8), 2), ("documents", 6, 0 + 1 + 12 + 22 + 24 + 24, 0)],
+)
+def test_padding_is_told_apart_from_what_has_no_target(
+    tmp_path: Path, how: str, rows: int, padding: int, several: int
+) -> None:
+    documents = [letter * (n - 2) for letter, n in zip("abcde", (10, 40, 8, 31, 20), strict=True)]  # and bos, eod
+    path = make_dataset(tmp_path / "data", documents=documents, fractions=(1.0, 0.0, 0.0))
+    assert pack_shards.main([str(path), "--seq-len", "32", "--how", how]) == 0
+    reading = open_reading(small_config(path, tmp_path / "run", f"data.packing={how}", "data.validation_split=null"))
+    assert reading.figures(rows)["sources"][0]["rows"] == rows
+    (found,) = measure(reading, rows, rows)
+    assert (found["rows"], found["all_rows"]) == (rows, True)
+    assert found["padding_share"] == padding / (32 * rows)
+    assert found["masked_share"] == len(documents) / (32 * rows)  # the last token of each
+    assert found["rows_across_a_boundary_share"] == several / rows
 
 
 def test_a_sample_of_the_rows_is_said_to_be_one(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -242,10 +242,19 @@ def test_the_order_of_sources_in_a_file_has_no_meaning(paths: dict[str, Path], t
         assert rows[0].tolist() == rows[1].tolist()
 
 
-def test_a_source_read_more_often_than_allowed_is_refused_with_numbers(paths: dict[str, Path], tmp_path: Path) -> None:
-    sources = f"data.sources=[{{path: {paths['code']}, max_epochs: 1.5}}]"
-    config = load([], [*OPTIONS, sources, f"run_dir={tmp_path / 'run'}", "train.steps=40"])
-    with pytest.raises(ConfigError, match=r"reads \d\.\d{3} epochs of code in 40 steps, its max_epochs is 1\.5"):
+@pytest.mark.parametrize(("max_epochs", "refused"), [(1.999, True), (2, False)])
+def test_a_source_read_more_often_than_allowed_is_refused_with_numbers(
+    tmp_path: Path, max_epochs: float, refused: bool
+) -> None:
+    """Four steps of eight rows, of a dataset that has sixteen."""
+    path = make_dataset(tmp_path / "code", documents=["a" * (16 * 32 - 1)], fractions=(1.0, 0.0, 0.0))
+    sources = f"data.sources=[{{path: {path}, max_epochs: {max_epochs}}}]"
+    words = ["data.validation_split=null", f"run_dir={tmp_path / 'run'}", "train.steps=4"]
+    config = load([], [*OPTIONS, sources, *words])
+    if not refused:
+        assert open_reading(config).check(config, 0, 0) == 4 * 8
+        return
+    with pytest.raises(ConfigError, match=r"reads 2\.000 epochs of code in 4 steps, its max_epochs is 1\.999"):
         run(config)
     assert not (tmp_path / "run").exists()
 

@@ -49,13 +49,18 @@ def test_the_last_token_is_only_a_label(tmp_path: Path, n_tokens: int, expected:
             Windows(shard, 4, 100)
 
 
-@pytest.mark.parametrize("seq_len", [3, 5000])
-def test_a_token_beyond_the_vocabulary_is_named(tmp_path: Path, seq_len: int) -> None:
+@pytest.mark.parametrize("resident", [0, 1 << 20])
+@pytest.mark.parametrize(("seq_len", "at"), [(3, 5), (3, 6), (5000, 9999), (5000, 10_000)])
+def test_a_token_beyond_the_vocabulary_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seq_len: int, at: int, resident: int
+) -> None:
+    """The last one that the second row reads, and the one behind, which is its last label."""
+    monkeypatch.setattr(shards, "RESIDENT", resident)
     tokens = np.arange(3 * seq_len) % 50
-    tokens[2 * seq_len - 1] = 99
+    tokens[at] = 99
     rows = Windows(shard_of(tmp_path, [tokens.tolist()]), seq_len, 50)
     rows.read(np.array([0]))
-    with pytest.raises(ShardError, match=rf"train\.bin has token id 99 at position {2 * seq_len - 1:,}, the .* 50"):
+    with pytest.raises(ShardError, match=rf"train\.bin has token id 99 at position {at:,}, the .* 50"):
         rows.read(np.array([0, 1]))
 
 

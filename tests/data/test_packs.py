@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from data_prep import pack_shards
 from mamba_pretrain.data import packing
 from mamba_pretrain.data.packing import IGNORE, Block, Packed, make_rows
-from mamba_pretrain.data.packs import HEADER, Pack, pack_path
+from mamba_pretrain.data.packs import HEADER, Pack, Pieces, pack_path, write_pack
 from mamba_pretrain.data.shards import Shard, ShardError
 from tests.helpers.rows import Documents, dataset_of, foreign_shard, numbered, packed, shard_of
 
@@ -110,10 +110,12 @@ def test_best_fit_by_hand(tmp_path: Path) -> None:
     assert sorted(block.padding.tolist()) == [0, 0, 3]
 
 
-def test_a_token_beyond_the_vocabulary_is_named_where_it_lies(tmp_path: Path) -> None:
-    rows = packed(shard_of(tmp_path, [[1, 2, 3], [4, 99, 6, 7], [5, 5]]), 8, "best_fit", 50)
+@pytest.mark.parametrize("documents", [[[1, 2, 3], [4, 99, 6, 7], [5, 5]], [[1, 2, 3, 4, 99, 6]]])
+def test_a_token_beyond_the_vocabulary_is_named_where_it_lies(tmp_path: Path, documents: Documents) -> None:
+    """Of a row's own, or the one behind it, which is its last label."""
+    rows = packed(shard_of(tmp_path, documents), 4, "best_fit", 50)
     with pytest.raises(ShardError, match=r"train\.bin has token id 99 at position 4, the vocabulary has 50"):
-        rows.read(np.arange(rows.n_rows))
+        rows.read(np.array([0]))
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -182,6 +184,25 @@ def test_a_pack_whose_contents_changed_is_found(tmp_path: Path) -> None:
     assert "not what was written" in next(again.pack.problems())
     with pytest.raises(ShardError, match="row 0 has 8 tokens from 1,000 on at column 0"):
         again.read(np.arange(again.n_rows))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        (Pieces(np.array([2, 1]), np.array([0, 2, 16]), np.array([2, 2, -4])), "row 1 has 4 tokens from 16 on at col"),
+        (Pieces(np.array([2, 1]), np.array([0, 2, 17]), np.array([2, 2, 4])), "row 1 has 4 tokens from 17 on at col"),
+        (Pieces(np.array([4, 1]), np.array([0, 2]), np.array([2, 2])), "row 1 is pieces 4 to 5 of 2"),
+    ],
+    ids=["goes on at the end", "ends after the end", "no such piece"],
+)
+def test_a_row_beyond_the_tokens_or_the_pieces_is_refused(tmp_path: Path, pieces: Pieces, message: str) -> None:
+    """Whatever lies there: behind the pieces it is numbers of the same file, which would do for a piece."""
+    shard = shard_of(tmp_path, numbered([20]))
+    path, sha256 = pack_path(tmp_path, "train", "best_fit", 8), "0" * 64
+    write_pack(path, "best_fit", 8, sha256, len(pieces.starts), 0, [pieces])
+    rows = Packed(shard, Pack(tmp_path, "train", "best_fit", 8, sha256), 100)
+    with pytest.raises(ShardError, match=message):
+        rows.read(np.array([1]))
 
 
 def test_nothing_to_predict_is_an_error(tmp_path: Path) -> None:

@@ -153,6 +153,8 @@ def test_a_bad_file_fails_alone_and_may_be_left_out_later(
     assert "what is finished is kept in" in error and not output.exists()
     assert command(inputs, output, "--processes", "1", "--on-error", "skip") == 2
     assert "1 of " in (error := capsys.readouterr().err) and "c1.jsonl" not in error
+    assert command(inputs, output, "--processes", "1") == 2  # a part from which a record was left out does not do
+    assert "c1.jsonl:2: not JSON" in capsys.readouterr().err
     assert command(inputs, output, "--processes", "1", "--on-error", "skip-files") == 0
     manifest = Manifest.read(output)
     (left_out,) = manifest.selection.left_out
@@ -200,11 +202,16 @@ def test_empty_files_are_named(inputs: list[Path], tmp_path: Path, capsys: pytes
     assert f"warning: 2 inputs are empty files: {empty[0]}, {empty[1]}\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("batch_documents", "buffer_bytes"),
+    [(2, 1), (2, parts.BUFFER_BYTES), (parts.BATCH_DOCUMENTS, parts.BUFFER_BYTES)],
+    ids=["written", "tokenized", "read"],  # by the time it ends early
+)
 def test_nothing_stays_of_a_damaged_file_among_good_ones(
-    inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_documents: int, buffer_bytes: int
 ) -> None:
-    monkeypatch.setattr(parts, "BATCH_DOCUMENTS", 2)
-    monkeypatch.setattr(parts, "BUFFER_BYTES", 1)  # so that much of it is written by the time it ends early
+    monkeypatch.setattr(parts, "BATCH_DOCUMENTS", batch_documents)
+    monkeypatch.setattr(parts, "BUFFER_BYTES", buffer_bytes)
     _, damaged, *good = inputs
     damaged.write_bytes(damaged.read_bytes()[:-1000])
     make([good[0], damaged, *good[1:]], tmp_path / "data", unit_bytes=1 << 20, on_error="skip-files")

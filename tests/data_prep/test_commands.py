@@ -16,6 +16,7 @@ from mamba_pretrain.data.dataset import open_split
 from mamba_pretrain.data.manifest import Manifest
 from mamba_pretrain.data.tokenizer import load_tokenizer
 from tests.helpers.corpora import make_dataset, make_documents, write_jsonl
+from tests.helpers.inputs import jsonl_bytes
 
 ROOT = Path(__file__).parents[2]
 FRACTIONS = ["--split-fractions", "0.7", "0.2", "0.1"]
@@ -137,17 +138,22 @@ def test_the_same_input_gives_the_same_bytes(corpus: Path, tmp_path: Path) -> No
             assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
-def test_skipped_and_empty_records_are_in_the_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    corpus = write_jsonl(tmp_path / "corpus.jsonl", ["", *make_documents(20)])
-    with corpus.open("a") as stream:
-        stream.write("{bad\n")
-    assert build(corpus, tmp_path / "data", *FRACTIONS) == 2
-    assert "corpus.jsonl:22: not JSON" in capsys.readouterr().err
+def test_records_that_are_no_documents_are_counted_over_all_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    others = jsonl_bytes(["", "x", "x", *["y" * 500] * 3]) + b"{bad\n" * 4
+    corpus.write_bytes(b"".join(jsonl_bytes(make_documents(20, seed)) + others for seed in range(3)))
+    options = ("--min-bytes", "2", "--max-bytes", "499", *FRACTIONS)
+    assert build(corpus, tmp_path / "data", *options) == 2
+    assert "corpus.jsonl:27: not JSON" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [corpus]
-    assert build(corpus, tmp_path / "data", "--on-error", "skip", *FRACTIONS) == 0
+    assert build(corpus, tmp_path / "data", "--on-error", "skip", "--unit-bytes", "2000", *options) == 0
     manifest = Manifest.read(tmp_path / "data")
-    assert (manifest.skipped_records, manifest.empty_documents) == (1, 1)
-    assert "1 invalid records were left out" in capsys.readouterr().out
+    assert sum(info.documents for info in manifest.splits.values()) == 60
+    assert (manifest.skipped_records, manifest.empty_documents) == (12, 3)
+    assert (manifest.selection.too_short, manifest.selection.too_long) == (6, 9)
+    assert "12 invalid records were left out" in capsys.readouterr().out
 
 
 def test_a_lossy_tokenizer_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,10 +169,11 @@ def test_a_lossy_tokenizer_is_counted(tmp_path: Path, capsys: pytest.CaptureFixt
     )
     model.train_from_iterator([], trainer)
     model.save(str(tmp_path / "tokenizer.json"))
-    corpus = write_jsonl(tmp_path / "corpus.jsonl", ["composed \u00e9", "decomposed e\u0301"])
-    options = ("--split-fractions", "1", "0", "0")
+    documents = [f"{i}: {letter}" for i in range(30) for letter in ("\u00e9", "e\u0301", "n\u0303")]
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [*documents, *documents[:9]])
+    options = ("--unit-bytes", "500", "--drop-duplicates", *FRACTIONS)
     assert build(corpus, tmp_path / "data", *options, tokenizer=tmp_path / "tokenizer.json") == 0
-    assert Manifest.read(tmp_path / "data").not_round_trip == 1
+    assert Manifest.read(tmp_path / "data").not_round_trip == 60  # of those that are in it
     assert "the tokenizer loses text" in capsys.readouterr().out
 
 

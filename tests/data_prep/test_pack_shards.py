@@ -60,7 +60,7 @@ def counted(block: Block) -> tuple[int, int, int]:
     return len(block.labels), padding, int((block.labels == IGNORE).sum()) - padding
 
 
-@pytest.mark.parametrize("lengths", [[1, 8, 9], [16, 17, 15, 24, 25, 1, 1, 2], [3] * 20, [100]])
+@pytest.mark.parametrize("lengths", [[1, 8, 9], [16, 17, 15, 24, 25, 1, 1, 2], [3] * 20, [100], [16, 3]])
 def test_the_waste_that_is_told_is_that_of_the_rows(tmp_path: Path, lengths: list[int]) -> None:
     dataset = dataset_of(tmp_path / "data", numbered(lengths), 1000)
     told: dict[str, Waste] = {}
