@@ -27,7 +27,7 @@ from data_prep.parts import Counts, Failed, Progress, Task, finished, left_out, 
 from data_prep.plan import PLAN, Plan, agree, has_parts, name_of, planned_tokenizer, work_of
 from data_prep.progress import Meter
 from data_prep.store import Store
-from data_prep.streams import HTTP, CorpusError, is_named_dataset, is_url
+from data_prep.streams import CorpusError, is_url
 from mamba_pretrain.data import encodings
 from mamba_pretrain.data.manifest import Manifest
 from mamba_pretrain.data.shards import ShardError
@@ -112,6 +112,7 @@ def make_parts(corpus: Corpus, store: Store, plan: Plan, chosen: range, processe
     sweep(store, chosen)
     parts = {part: counts for part, counts in finished(store, plan).items() if part in chosen}
     tasks = deque(Task(part) for part in chosen if part not in parts)
+    apart = processes > 1 and (len(tasks) > 1 or corpus.on_error == "skip-files")  # an input may end its process
     processes = min(processes, len(tasks))
     failed: dict[int, str] = {}
     at: dict[int, int] = {}  # the unit that each part is at
@@ -123,7 +124,7 @@ def make_parts(corpus: Corpus, store: Store, plan: Plan, chosen: range, processe
                 meter.report(task.part, progress)
 
             ended: Generator[tuple[Any, Any]]
-            if processes > 1:
+            if apart:
                 planned_tokenizer(store, plan)  # what is wrong with it is better said once, here
                 encodings.compiled()
                 ended = pool.run(tasks, processes, _worker, (corpus, plan, store), report)
@@ -140,7 +141,7 @@ def make_parts(corpus: Corpus, store: Store, plan: Plan, chosen: range, processe
                     else:
                         unit = at.get(task.part, plan.units_of(task.part)[0])
                         reason = left_out(name_of(plan.units[unit]), result.reason)
-                        if corpus.on_error != "skip-files" or unit in task.left_out:
+                        if corpus.on_error != "skip-files" or not result.died or unit in task.left_out:
                             failed[task.part] = reason
                         elif unit in task.fatal:
                             more = {unit: f"{reason}, and another one before"}
@@ -229,7 +230,7 @@ def _require_outside(output: str | Path, inputs: Sequence[str | Path]) -> None:
         return
     for place in (Path(output), Path(str(work_of(output)))):
         for path in inputs:
-            if not is_url(str(path)) and Path(path).resolve().is_relative_to(place.resolve()):
+            if not is_url(str(path)) and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(place)):
                 raise ShardError(f"{place} holds the input {path}, which it would replace: choose another output")
 
 
@@ -255,10 +256,6 @@ def summary(manifest: Manifest) -> str:
         (manifest.not_round_trip, "documents do not decode back to their own bytes: the tokenizer loses text"),
     ):
         rows += [f"warning: {count:,} {what}"] if count else []
-    sized = [source for source in manifest.sources if not is_named_dataset(source.path)]  # and web servers may say none
-    empty = [source.path for source in sized if not source.bytes and not source.path.startswith(HTTP)]
-    more = f" and {len(empty) - SHOWN} more" if len(empty) > SHOWN else ""
-    rows += [f"warning: {len(empty):,} inputs are empty files: {', '.join(empty[:SHOWN])}{more}"] if empty else []
     rows += [f"warning: left out: {reason}" for reason in manifest.selection.left_out]
     return "\n".join(rows)
 

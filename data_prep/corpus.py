@@ -7,6 +7,7 @@ follows the damage is lost, unless the whole of it may be left out.
 
 from __future__ import annotations
 
+import logging
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -32,9 +33,12 @@ from data_prep.tables import read_arrow, read_dataset, read_named, read_parquet,
 from data_prep.web import read_warc
 from mamba_pretrain.data.manifest import SPLITS, SourceInfo, SplitRule
 
+log = logging.getLogger("mamba_pretrain")
+
 UNIT_BYTES: Final = 64 << 20
 TXT_DOCUMENTS: Final = ("file", "blank-line", "line")
 ON_ERROR: Final = ("stop", "skip", "skip-files")
+SHOWN: Final = 20  # inputs that a message lists
 
 
 class Format(NamedTuple):
@@ -163,8 +167,12 @@ class Corpus:
         return {**self.__dict__, "_sizes": {}}
 
     def sources(self) -> list[SourceInfo]:
-        """Every input with its bytes, 0 where they are not known."""
-        return [SourceInfo(source, self._size_of(source) or 0) for source in self.files]
+        """Every input with its bytes, 0 where they are not known. Warns of those that are empty."""
+        sizes = {source: self._size_of(source) for source in self.files}
+        if empty := [source for source, size in sizes.items() if size == 0]:
+            more = f" and {len(empty) - SHOWN:,} more" if len(empty) > SHOWN else ""
+            log.warning("%d inputs are empty: %s", len(empty), ", ".join(empty[:SHOWN]) + more)
+        return [SourceInfo(source, size or 0) for source, size in sizes.items()]
 
     def _size_of(self, source: str) -> int | None:
         size = self._sizes.get(source)  # of a listing: a million files are not asked one by one

@@ -277,6 +277,7 @@ def finished(store: Store, plan: Plan) -> dict[int, Counts]:
     Of their files the sizes are looked at, the checksums are not.
     """
     found, sizes = {}, store.names()
+    digest = plan.digest  # once, before it goes to the workers with the plan
     width = token_dtype(plan.tokenizer.vocab_size).itemsize
     for name in sorted(sizes):
         number, _, kind = name.partition(".")
@@ -286,7 +287,7 @@ def finished(store: Store, plan: Plan) -> dict[int, Counts]:
             counts = from_json(Counts, json.loads(store.read(name)), f"{store}/{name}")
             if counts.xxh3.keys() != set(CHECKED):
                 raise ShardError(f"xxh3 of {sorted(counts.xxh3)}")
-            if counts.plan != plan.digest:
+            if counts.plan != digest:
                 raise ShardError("it is of a build with other inputs or options")
             for kind, size in (("tokens", counts.tokens * width), ("documents", counts.documents * ROW.itemsize)):
                 is_now = sizes.get(file := f"{number}.{kind}")
@@ -294,7 +295,7 @@ def finished(store: Store, plan: Plan) -> dict[int, Counts]:
                     state = "is not there" if is_now is None else f"has {is_now:,} bytes"
                     raise ShardError(f"{file} {state}, expected {size:,}")
         except ValueError as error:
-            log.warning("%s/%s is not what this build wrote, its part is made again: %s", store, name, error)
+            log.warning("%s/%s is not what this build wrote, its part counts as missing: %s", store, name, error)
             continue
         stop, skip = (plan.choices.on_error == choice for choice in ("stop", "skip"))
         if not ((stop and counts.skipped) or ((stop or skip) and counts.left_out)):

@@ -65,7 +65,7 @@ class Plan:
     versions: dict[str, str]
     choices: Choices
     modified: list[int]  # of each input, as streams.modified_ns
-    version: int = 4
+    version: int = 5
 
     @classmethod
     def make(

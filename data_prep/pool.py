@@ -30,6 +30,7 @@ class Failure:
     """A task whose worker died, or raised what it should have caught."""
 
     reason: str
+    died: bool = True
 
 
 @dataclass
@@ -127,7 +128,7 @@ def _serve(pipe: connection.Connection, setup: Callable[..., Work], arguments: t
             try:
                 result = work(task, lambda value: pipe.send(("report", value)))
             except Exception:
-                result = Failure(f"unexpected error:\n{traceback.format_exc()}")
+                result = Failure(f"unexpected error:\n{traceback.format_exc()}", died=False)
             pipe.send(("done", result))
 
 

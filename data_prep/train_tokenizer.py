@@ -237,7 +237,7 @@ def body(arguments: Namespace) -> int:
         model = sentencepiece.SentencePieceProcessor(model_proto=content)
         pieces = [f"{model.id_to_piece(i)!r}\t{model.get_score(i):g}\n" for i in range(model.get_piece_size())]
         with draft_of(vocab[0]) as draft:
-            draft.write_text("".join(pieces))
+            draft.write_bytes("".join(pieces).encode())
     with draft_of(output) as draft:
         draft.write_bytes(content)
     tokenizer = load_tokenizer(output)

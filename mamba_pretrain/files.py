@@ -124,7 +124,7 @@ def draft_of(output: Path) -> Iterator[Path]:
     A killed process leaves `OUTPUT.tmp-HOST-PID`; the next one with the same output on the same host removes it.
     """
     for path in _left(output, "tmp"):
-        path.unlink()
+        path.unlink(missing_ok=True)  # another process may sweep at the same time
     draft = _sibling(output, "tmp")
     try:
         yield draft

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -165,13 +166,13 @@ def test_a_bad_file_fails_alone_and_may_be_left_out_later(
     assert contents(tmp_path / "again") == contents(output)
 
 
-@pytest.mark.parametrize("deaths", [1, 2])
+@pytest.mark.parametrize(("deaths", "begun"), [(1, False), (2, False), (2, True)])
 def test_an_input_is_left_out_once_two_workers_died_at_it(
-    inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaths: int
+    inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaths: int, begun: bool
 ) -> None:
-    """One may have been killed for another's sake, or by hand."""
+    """One may have been killed for another's sake, or by hand. The last part that is missing has a worker, too."""
     make(inputs, tmp_path / "all")
-    left, died = deaths, "the worker process was ended by SIGKILL (out of memory?)"
+    left, died = deaths + begun, "the worker process was ended by SIGKILL (out of memory?)"
 
     def run(tasks: deque[parts.Task], _: int, __: object, made_of: tuple[Any, ...], report: Any) -> Iterator[Any]:
         nonlocal left
@@ -185,6 +186,9 @@ def test_an_input_is_left_out_once_two_workers_died_at_it(
                 yield task, parts.write_part(task, partial(report, task), encodings=ready, **options)
 
     monkeypatch.setattr(pool, "run", run)
+    if begun:
+        with pytest.raises(ShardError, match=re.escape(died)):
+            make(inputs, tmp_path / "data", processes=2)
     make(inputs, tmp_path / "data", processes=2, on_error="skip-files")
     assert left == 0
     if deaths == 1:
@@ -194,12 +198,27 @@ def test_an_input_is_left_out_once_two_workers_died_at_it(
         assert left_out.startswith(str(inputs[0])) and left_out.endswith(f": {died}, and another one before")
 
 
-def test_empty_files_are_named(inputs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unexpected_error_of_a_worker_leaves_nothing_out(
+    inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(tasks: deque[parts.Task], *_: object) -> Iterator[Any]:
+        while tasks:
+            yield tasks.popleft(), pool.Failure("unexpected error", died=False)
+
+    monkeypatch.setattr(pool, "run", run)
+    with pytest.raises(CorpusError, match="unexpected error"):
+        make(inputs, tmp_path / "data", processes=2, on_error="skip-files")
+
+
+def test_empty_files_are_named(inputs: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     empty = [tmp_path / name for name in ("x.jsonl", "y.fa")]
     for path in empty:
         path.touch()
-    assert command([*inputs, *empty], tmp_path / "data", "--processes", "1") == 0
-    assert f"warning: 2 inputs are empty files: {empty[0]}, {empty[1]}\n" in capsys.readouterr().out
+    (tmp_path / "dangling").mkdir()
+    (tmp_path / "dangling" / "z.jsonl").symlink_to("nowhere")
+    every = [*inputs, *empty, tmp_path / "dangling"]
+    assert command(every, tmp_path / "data", "--processes", "1", "--on-error", "skip-files") == 0
+    assert caplog.messages == [f"2 inputs are empty: {empty[0]}, {empty[1]}"]  # the third cannot be read
 
 
 @pytest.mark.parametrize(

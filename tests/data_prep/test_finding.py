@@ -18,7 +18,7 @@ import fsspec
 import pytest
 
 from data_prep.corpus import Corpus
-from data_prep.streams import CorpusError, UnreadableError
+from data_prep.streams import CorpusError, UnreadableError, open_raw
 from tests.helpers.corpora import make_documents, write_jsonl
 from tests.helpers.inputs import jsonl_bytes, save_dataset, texts, write_parquet, write_zst
 from tests.helpers.s3 import s3_server
@@ -198,6 +198,9 @@ def test_any_other_file_system_of_fsspec_is_read() -> None:
     files = fsspec.filesystem("memory")
     files.pipe("/corpus/a.jsonl", jsonl_bytes(DOCUMENTS))
     try:
+        with open_raw("memory://corpus/a.jsonl") as stream:
+            whole = stream.read()
+            assert stream.read() == b"" and stream.seek(0) == 0 and stream.read() == whole != b""
         corpus = Corpus(["memory://corpus"])
         assert texts(corpus, 3000) == DOCUMENTS
         assert len(corpus.units(3000)) > 3

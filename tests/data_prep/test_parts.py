@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_prep import merge_shards
+from data_prep.corpus import Corpus
+from data_prep.plan import Plan
 from data_prep.store import store_at
+from mamba_pretrain.data.tokenizer import BytesTokenizer
 from tests.helpers.builds import command, contents, several_inputs
 
 
@@ -54,9 +59,31 @@ def test_parts_that_are_not_of_the_size_they_had_are_made_again(
     assert command(inputs, tmp_path / "data", "--processes", "1") == 0
     assert contents(tmp_path / "data") == expected
     for number in range(6):
-        assert f"00000{number}.json is not what this build wrote, its part is made again" in caplog.text
+        assert f"00000{number}.json is not what this build wrote, its part counts as missing" in caplog.text
     assert "000000.tokens has -1 bytes" not in caplog.text and "000000.tokens is not there, expected" in caplog.text
     assert "000003.tokens has " in caplog.text
+
+
+def test_a_plan_is_known_by_what_its_parts_depend_on(inputs: list[Path], work: Path) -> None:
+    plan = Plan.read(store_at(work))
+    assert Plan.make(Corpus(inputs), BytesTokenizer(), rule=plan.split_rule, unit_bytes=4000).digest == plan.digest
+    others: dict[str, Any] = {
+        "inputs": plan.inputs[1:],
+        "reading": dataclasses.replace(plan.reading, normalization="NFC"),
+        "split_rule": dataclasses.replace(plan.split_rule, seed=1),
+        "tokenizer": dataclasses.replace(plan.tokenizer, sha256="0"),
+        "versions": {},
+        "units": plan.units[1:],
+        "parts": plan.parts[1:],
+    }
+    others |= {
+        name: getattr(plan, name) + 1 for name in ("adds_bos", "min_bytes", "max_bytes", "unit_bytes", "version")
+    }
+    free = {"choices": dataclasses.replace(plan.choices, on_error="skip", drop_duplicates=True), "modified": []}
+    assert {*others, *free} == {one.name for one in dataclasses.fields(plan)}
+    digests = {dataclasses.replace(plan, **{name: other}).digest for name, other in others.items()}
+    assert len(digests - {plan.digest}) == len(others)
+    assert {dataclasses.replace(plan, **{name: other}).digest for name, other in free.items()} == {plan.digest}
 
 
 def test_parts_of_a_build_with_other_options_are_made_again(
@@ -69,7 +96,8 @@ def test_parts_of_a_build_with_other_options_are_made_again(
     assert merge_shards.main([str(tmp_path / "data")]) == 2
     assert "start these tasks again: --task 0/1" in capsys.readouterr().err
     assert (
-        "000001.json is not what this build wrote, its part is made again: it is of a build with other" in caplog.text
+        "000001.json is not what this build wrote, its part counts as missing: it is of a build with other"
+        in caplog.text
     )
     assert command(inputs, tmp_path / "data", "--min-bytes", "60", "--processes", "1") == 0
     assert contents(tmp_path / "data") == contents(tmp_path / "alone")
