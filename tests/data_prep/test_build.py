@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -166,31 +166,35 @@ def test_a_bad_file_fails_alone_and_may_be_left_out_later(
     assert contents(tmp_path / "again") == contents(output)
 
 
+def failing_at_part_1(failures: list[pool.Failure]) -> Callable[..., Iterator[Any]]:
+    """pool.run, but in this process, and the next starts of part 1 end in these failures, the last first."""
+
+    def run(tasks: deque[parts.Task], _: int, __: object, made_of: tuple[Any, ...], report: Any) -> Iterator[Any]:
+        options = dict(zip(("corpus", "plan", "store"), made_of, strict=True))
+        ready = build_shards._encodings(options["store"], options["plan"])
+        while tasks:
+            if (task := tasks.popleft()).part == 1 and failures:
+                yield task, failures.pop()
+            else:
+                yield task, parts.write_part(task, partial(report, task), encodings=ready, **options)
+
+    return run
+
+
 @pytest.mark.parametrize(("deaths", "begun"), [(1, False), (2, False), (2, True)])
 def test_an_input_is_left_out_once_two_workers_died_at_it(
     inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaths: int, begun: bool
 ) -> None:
     """One may have been killed for another's sake, or by hand. The last part that is missing has a worker, too."""
     make(inputs, tmp_path / "all")
-    left, died = deaths + begun, "the worker process was ended by SIGKILL (out of memory?)"
-
-    def run(tasks: deque[parts.Task], _: int, __: object, made_of: tuple[Any, ...], report: Any) -> Iterator[Any]:
-        nonlocal left
-        options = dict(zip(("corpus", "plan", "store"), made_of, strict=True))
-        ready = build_shards._encodings(options["store"], options["plan"])
-        while tasks:
-            if (task := tasks.popleft()).part == 1 and left:
-                left -= 1
-                yield task, pool.Failure(died)
-            else:
-                yield task, parts.write_part(task, partial(report, task), encodings=ready, **options)
-
-    monkeypatch.setattr(pool, "run", run)
+    died = "the worker process was ended by SIGKILL (out of memory?)"
+    failures = [pool.Failure(died)] * (deaths + begun)
+    monkeypatch.setattr(pool, "run", failing_at_part_1(failures))
     if begun:
         with pytest.raises(ShardError, match=re.escape(died)):
             make(inputs, tmp_path / "data", processes=2)
     make(inputs, tmp_path / "data", processes=2, on_error="skip-files")
-    assert left == 0
+    assert not failures
     if deaths == 1:
         assert contents(tmp_path / "data") == contents(tmp_path / "all")
     else:
@@ -201,13 +205,11 @@ def test_an_input_is_left_out_once_two_workers_died_at_it(
 def test_an_unexpected_error_of_a_worker_leaves_nothing_out(
     inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(tasks: deque[parts.Task], *_: object) -> Iterator[Any]:
-        while tasks:
-            yield tasks.popleft(), pool.Failure("unexpected error", died=False)
-
-    monkeypatch.setattr(pool, "run", run)
-    with pytest.raises(CorpusError, match="unexpected error"):
+    failures = [pool.Failure("unexpected error", died=False)] * 2
+    monkeypatch.setattr(pool, "run", failing_at_part_1(failures))
+    with pytest.raises(ShardError, match="1 of .* parts failed:\n.*unexpected error"):
         make(inputs, tmp_path / "data", processes=2, on_error="skip-files")
+    assert len(failures) == 1
 
 
 def test_empty_files_are_named(inputs: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
