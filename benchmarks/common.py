@@ -78,7 +78,7 @@ class Figure:
 
     def __str__(self) -> str:
         if not math.isfinite(self.value):
-            return "failed"
+            return "no figure"
         spread = f" ({_short(self.low)} to {_short(self.high)})" if self.samples > 1 else ""
         return f"{_short(self.value)} {self.unit}{spread}".strip()
 
