@@ -61,5 +61,21 @@ def test_the_tree_in_the_readme_names_every_module() -> None:
     assert listed <= existing, f"the tree names {listed - existing}, which do not exist"
 
 
+@pytest.mark.parametrize("name", ["README.md", "data_prep/README.md"])
+def test_links_and_modules_that_a_readme_names_exist(name: str) -> None:
+    file = ROOT / name
+    links = re.findall(r"\]\(([^)#]*)(?:#([^)]+))?\)", file.read_text())
+    assert links
+    for path, heading in links:
+        target = file.parent / path if path else file
+        assert target.is_file(), path
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in headings}
+    modules = set(re.findall(r"python -m ((?:data_prep|launch|benchmarks)\.\w+)", file.read_text()))
+    assert modules
+    assert not [one for one in modules if not (ROOT / f"{one.replace('.', '/')}.py").is_file()]
+
+
 def test_the_shipped_corpora_stay_under_2_mb() -> None:
     assert 0 < sum(path.stat().st_size for path in (ROOT / "corpora").iterdir()) < 2e6
