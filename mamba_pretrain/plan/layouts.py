@@ -104,6 +104,11 @@ def cheapest(config: Config, world: int, gpu: GPU, assume: Assumptions) -> Layou
     )
 
 
+def kernels_of(config: Config) -> str:
+    """What the memory is computed for: `auto` takes cuda first."""
+    return "cuda" if config.train.kernels == "auto" else config.train.kernels
+
+
 def _engines(world: int, gpus_per_node: int) -> Iterator[dict[str, Any]]:
     if world == 1:
         yield {"train.engine": "single"}
@@ -137,8 +142,7 @@ def _rarer_engines(world: int) -> Iterator[dict[str, Any]]:
 
 def _layout(config: Config, options: dict[str, Any], world: int, gpu: GPU, assume: Assumptions) -> Layout:
     this = _with(config, options)
-    kernels = "triton" if this.train.kernels == "triton" else "cuda"  # the others are for CPUs, and not for GPUs
-    moment, memory = peak(this, world, kernels)
+    moment, memory = peak(this, world, kernels_of(config))
     time = step_time(this, world, gpu, assume)
     seconds = time.total * this.steps
     fits = sum(memory.values()) * (1 + MARGIN) + RESERVED_BYTES <= gpu.memory

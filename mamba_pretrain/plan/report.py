@@ -12,7 +12,16 @@ from pathlib import Path
 from mamba_pretrain.config import Config, ConfigError
 from mamba_pretrain.config.checks import did_you_mean
 from mamba_pretrain.plan.gpus import GPU, GPUS
-from mamba_pretrain.plan.layouts import MARGIN, NOT_OFFLOADED, RESERVED_BYTES, Layout, cheapest, compare, divided
+from mamba_pretrain.plan.layouts import (
+    MARGIN,
+    NOT_OFFLOADED,
+    RESERVED_BYTES,
+    Layout,
+    cheapest,
+    compare,
+    divided,
+    kernels_of,
+)
 from mamba_pretrain.plan.memory import PARTS
 from mamba_pretrain.plan.roofline import Assumptions
 
@@ -44,6 +53,8 @@ def plan(config: Config, arguments: argparse.Namespace) -> str:
     assume = Assumptions(gpus_per_node=arguments.gpus_per_node, **_fractions(arguments.assume, problems))
     if config.model.vocab_size is None:
         problems.append("model.vocab_size is not set, and there is no dataset here to take it from")
+    if (kernels := kernels_of(config)) not in ("cuda", "triton"):
+        problems.append(f"train.kernels is {kernels}: the memory of GPUs is known for auto, cuda and triton")
     if problems:
         raise ConfigError(problems)
     gpu, config = GPUS[gpu_name], divided(configured := config, world)
@@ -93,7 +104,7 @@ def _text(
         f"{config.model.variant or 'Mamba-1'} on {world} x {name} ({gpu.memory / GIB:.1f} GiB), {nodes} node(s) of "
         f"{assume.gpus_per_node}; {steps:,} steps, {tokens:,} tokens, {layouts[0].time.flops * steps:.3e} FLOPs\n"
         f"batch {config.sequences_per_step} x {config.data.seq_len}, micro-batch {train.micro_batch_size}: "
-        f"{config.accumulation(world)} a step on each GPU; {train.precision}"
+        f"{config.accumulation(world)} a step on each GPU; {train.precision}, {kernels_of(config)} kernels"
     )
     memory = [["", *PARTS, "peak", "", "at its"]]
     seconds_of = ["products", "scan", "passes", "update", "exposed", "total"]

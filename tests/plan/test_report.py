@@ -24,7 +24,15 @@ def test_the_tables_name_every_engine_and_every_assumption(capsys: pytest.Captur
     assert main([*RECIPE, "--gpus", "16", "--gpu", "h100", "--assume", "matmul=0.5"]) == 0
     printed = capsys.readouterr().out
     names = ["zero stage 1", "zero stage 2", "zero stage 3", "fsdp", "fsdp x 2 replicas", "fsdp, recomputing"]
-    for part in (*names, "matmul=0.5", "overlap=0.8", "nothing measured", "cheapest that fits", "train.engine="):
+    for part in (
+        *names,
+        "matmul=0.5",
+        "overlap=0.8",
+        "nothing measured",
+        "cheapest that fits",
+        "train.engine=",
+        "bf16, cuda kernels",
+    ):
         assert part in printed
     assert max(map(len, printed.splitlines())) <= 160
 
@@ -52,6 +60,8 @@ def test_json_holds_the_same_figures(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--gpus", "8", "--assume", "matmull=0.5"], "did you mean matmul?"),
         (["--gpus", "8", "--assume", "matmul=1.5"], "expected a fraction"),
         (["--gpus", "8", "--assume", "matmul=fast"], "expected a fraction"),
+        (["--gpus", "8", "train.kernels=native"], "train.kernels is native: the memory of GPUs is known for"),
+        (["--gpus", "8", "train.kernels=reference"], "train.kernels is reference"),
         (["--gpus", "8", "--json", "nowhere/plan.json"], "there is no directory nowhere"),
         (["--gpus", "8", "model.variant=null", "model.vocab_size=null"], "model.d_model is not set"),
     ],
