@@ -110,6 +110,17 @@ def test_a_json_tokenizer_is_the_same_in_every_process(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json", "corpus.jsonl"]
 
 
+def test_the_locale_changes_nothing(tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [f"{text} Grüße aus Köln, 東京" for text in make_documents(200)])
+    for name, locale in (("a", "C"), ("b", "C.UTF-8")):
+        command = [sys.executable, "-m", "data_prep.train_tokenizer", str(corpus), "--vocab-size", "320"]
+        environment = os.environ | {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        subprocess.run([*command, "--output", str(tmp_path / f"{name}.model")], cwd=ROOT, env=environment, check=True)
+    for end in ("model", "vocab"):
+        assert (tmp_path / f"a.{end}").read_bytes() == (tmp_path / f"b.{end}").read_bytes()
+    assert "東" in (tmp_path / "a.vocab").read_bytes().decode()
+
+
 @pytest.mark.parametrize("text", [*AWKWARD, "<|endoftext|> is text", "\n\n\n  x"])
 def test_a_json_tokenizer_loses_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / "t.json").write_bytes(train_json(make_documents(60), vocab_size=300))
