@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Final
 
 import numpy as np
+from fsspec.spec import AbstractBufferedFile
 from numpy.typing import NDArray
 
 from mamba_pretrain.data.manifest import FileInfo
@@ -125,7 +126,12 @@ class _HashedFile:
         self.info = FileInfo(self.bytes, self._digest.hexdigest())
 
     def abandon(self) -> None:
-        # The flush that failed fails again; the exception on its way out is the one to see. An object store's stream
-        # has a way to end without leaving an object.
+        # The flush that failed fails again; the exception on its way out is the one to see.
         with contextlib.suppress(OSError):
-            getattr(self._stream, "discard", self._stream.close)()
+            if not isinstance(self._stream, AbstractBufferedFile):
+                self._stream.close()
+                return
+            try:
+                self._stream.discard()
+            finally:
+                self._stream.closed = True  # else its collection closes it: a traceback (s3fs), or half an object

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,6 +134,16 @@ def test_a_remote_input_is_fetched_about_once_however_it_is_divided(
     units = corpus.units(1 << 20)
     assert sum(1 for unit in units for _ in corpus.records(unit)) == 400_000 and len(units) > 5
     assert n_bytes[0] < 1.5 * len(text)
+
+
+@pytest.mark.slow
+def test_a_merge_that_is_given_up_leaves_one_message_and_no_object(bucket: str, tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", ["", ""])
+    words = ["data_prep.build_shards", str(corpus), "--tokenizer", "bytes", "--output", bucket]
+    ended = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert "no documents in the input (1 files): 2 records are empty" in ended.stderr
+    assert listed(bucket) == set()
 
 
 def test_a_bucket_that_is_not_there_is_one_message(
