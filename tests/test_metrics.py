@@ -20,6 +20,7 @@ def make_config(*sinks: str) -> Config:
     return Config(model=model, train=TrainConfig(steps=10), log=LogConfig(sinks=list(sinks)))
 
 
+@pytest.mark.slow
 def test_every_sink_gets_every_record_and_wandb_works_offline(tmp_path: Path) -> None:
     sinks = Sinks(make_config("jsonl", "tensorboard", "wandb"), tmp_path, first_step=0)
     sinks.write(RECORD)

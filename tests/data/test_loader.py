@@ -26,6 +26,7 @@ from mamba_pretrain.data.order import window_at
 from mamba_pretrain.data.packing import Block, Outputs, Windows
 from mamba_pretrain.data.shards import ShardError
 from tests.helpers.corpora import make_dataset
+from tests.helpers.marks import slow_but
 
 SEQ_LEN = 128
 KEYS = ("input_ids", "labels", "seq_idx", "samples", "padding")
@@ -63,7 +64,7 @@ def test_rows_are_the_windows_of_the_order(dataset: WindowDataset) -> None:
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", slow_but([1, 2], [1, 2, 4]))
 def test_global_batches_are_the_same_for_any_world_and_workers(
     dataset: WindowDataset, world: int, workers: int
 ) -> None:

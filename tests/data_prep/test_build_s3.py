@@ -116,6 +116,7 @@ def test_an_interrupted_upload_does_not_open_and_goes_on(
     assert listed(bucket) == before
 
 
+@pytest.mark.slow
 def test_a_remote_input_is_fetched_about_once_however_it_is_divided(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,8 @@ from mamba_pretrain.distributed.zero import deepspeed_config
 from mamba_pretrain.model.law import decays, initial_value
 from mamba_pretrain.model.lm import MambaLM
 from mamba_pretrain.train import steps
-from tests.helpers.engines import CURVE, ENGINES, Curve, alone, relative, slow_but, train
+from tests.helpers.engines import CURVE, ENGINES, Curve, alone, relative, train
+from tests.helpers.marks import slow_but
 from tests.helpers.memory import LiveBytes
 from tests.helpers.processes import on_ranks
 from tests.helpers.runs import small_config

@@ -27,8 +27,9 @@ from mamba_pretrain.distributed.env import EXIT_HUNG, EXIT_PREEMPTED
 from mamba_pretrain.distributed.ranks import PeerError
 from mamba_pretrain.distributed.watch import launchers
 from mamba_pretrain.metrics import Sinks
-from tests.helpers.engines import CURVE, ENGINES, alone, relative, slow_but
+from tests.helpers.engines import CURVE, ENGINES, alone, relative
 from tests.helpers.engines import train as train_curve
+from tests.helpers.marks import slow_but
 from tests.helpers.processes import exit_codes, in_processes, on_ranks
 from tests.helpers.runs import OPTIONS, losses, records, small_config
 
@@ -153,6 +154,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_same_step_on_all(
         assert all(relative(curve.weights[key], whole) < 1e-5 for key, whole in expected.weights.items())
 
 
+@pytest.mark.slow
 def test_the_ledger_names_the_rank_whose_loss_was_not_finite(dataset: Path, tmp_path: Path) -> None:
     def work() -> int:
         original = train._loss_sum

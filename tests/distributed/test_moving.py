@@ -19,7 +19,8 @@ from mamba_pretrain.distributed.engine import MODEL, OPTIMIZER
 from mamba_pretrain.distributed.ranks import ALONE, Ranks
 from mamba_pretrain.saver import Saver
 from mamba_pretrain.train import steps
-from tests.helpers.engines import CURVE, ENGINES, Curve, alone, slow_but, train
+from tests.helpers.engines import CURVE, ENGINES, Curve, alone, train
+from tests.helpers.marks import slow_but
 from tests.helpers.processes import on_ranks
 from tests.helpers.runs import small_config
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.engines import ENGINES, Curve, alone, slow_but, train
+from tests.helpers.engines import ENGINES, Curve, alone, train
+from tests.helpers.marks import slow_but
 from tests.helpers.processes import on_ranks
 
 
@@ -29,6 +30,7 @@ def test_losses_norms_and_weights_are_those_of_one_process(
     assert max(apart) < 1e-5, apart
 
 
+@pytest.mark.slow
 def test_so_far_apart_are_two_runs_of_one_process(dataset: Path, tmp_path: Path, reference: Curve) -> None:
     """Which add up the same gradients in other micro-batches: what rounding alone does."""
     apart = alone(dataset, tmp_path, "train.micro_batch_size=1").apart(reference)

@@ -20,7 +20,8 @@ from mamba_pretrain.checkpoint import CheckpointError
 from mamba_pretrain.config import Config
 from mamba_pretrain.distributed.engine import MODEL, OPTIMIZER
 from mamba_pretrain.distributed.ranks import PeerError, Ranks
-from tests.helpers.engines import CURVE, slow_but
+from tests.helpers.engines import CURVE
+from tests.helpers.marks import slow_but
 from tests.helpers.processes import exit_codes, in_processes, on_ranks
 from tests.helpers.runs import losses, small_config
 
@@ -80,7 +81,7 @@ def die_before_the_rename(rank: int) -> None:
     checkpoint._complete = complete
 
 
-@pytest.mark.parametrize("asynchronous", ["true", "false"])
+@pytest.mark.parametrize("asynchronous", slow_but(["true"], ["true", "false"]))
 @pytest.mark.parametrize(
     ("rank", "sabotage"),
     slow_but(

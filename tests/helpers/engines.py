@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -33,16 +32,6 @@ ENGINES = {  # name: (ranks, options)
     "zero-2": (2, ["train.engine=zero", "zero.stage=2"]),
     "zero-3": (2, ["train.engine=zero", "zero.stage=3"]),
 }
-
-
-def slow_but(fast: Iterable[Any], values: Iterable[Any]) -> list[Any]:
-    """Values to parametrize with, of which only those in `fast` run in the fast set."""
-    chosen = list(fast)
-    found: list[Any] = []
-    for value in values:
-        several = value if isinstance(value, tuple) else (value,)
-        found.append(value if value in chosen else pytest.param(*several, marks=pytest.mark.slow))
-    return found
 
 
 @dataclass

@@ -16,6 +16,7 @@ from mamba_pretrain.ops.backends import triton_scan
 from mamba_pretrain.ops.backends.triton import selective_scan
 from mamba_pretrain.ops.selective_scan import selective_scan_reference
 from tests.helpers import reference
+from tests.helpers.marks import slow_but
 from tests.helpers.triton import DEVICE, assert_near, interpreted, needs_gpu  # noqa: F401
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
@@ -69,7 +70,11 @@ def exact(inputs: list[Tensor], seq_idx: Tensor | None) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one document", "packed"])
 @pytest.mark.parametrize(
-    ("length", "inner", "state"), [(1, 1, 1), (2, 15, 4), (7, 16, 16), (8, 1, 2), (11, 17, 17), (3, 33, 64)]
+    ("length", "inner", "state"),
+    slow_but(
+        [(1, 1, 1), (2, 15, 4), (7, 16, 16), (8, 1, 2)],
+        [(1, 1, 1), (2, 15, 4), (7, 16, 16), (8, 1, 2), (11, 17, 17), (3, 33, 64)],
+    ),
 )
 @pytest.mark.usefixtures("short_chunks")
 def test_equals_the_equations(length: int, inner: int, state: int, documents: bool) -> None:
@@ -106,7 +111,7 @@ def test_a_gradient_that_comes_through_the_last_state_alone() -> None:
 
 
 @pytest.mark.usefixtures("short_chunks")
-@pytest.mark.parametrize("cut", [1, 8])
+@pytest.mark.parametrize("cut", slow_but([1], [1, 8]))
 def test_scanning_in_two_parts_is_scanning_at_once(cut: int) -> None:
     def in_parts(*a: Any) -> tuple[Tensor, Tensor]:
         first = [x[:, :cut] if i in WITH_LENGTH else x for i, x in enumerate(a[:8])]

@@ -28,7 +28,7 @@ slow = pytest.mark.slow
         ("single", "small", 2, []),
         pytest.param("zero-2", "small", 2, [], marks=slow),
         pytest.param("zero-3", "small", 1, [AGAIN], marks=slow),
-        ("fsdp", "small", 2, [AGAIN]),
+        pytest.param("fsdp", "small", 2, [AGAIN], marks=slow),
         *(
             pytest.param(engine, size, micro_batches, options, marks=slow)
             for engine in ENGINES
