@@ -126,12 +126,14 @@ class Reading:
                 )
         sources = []
         rows_of = zip(*self.dataset.rows, strict=True)
-        left_over, epochs = mixture.left_over(samples), mixture.epochs(samples)
+        left_over, epochs, distinct = mixture.left_over(samples), mixture.epochs(samples), mixture.distinct(samples)
+        expected = len({stage.grid for stage in mixture.stages if stage.first < samples}) > 1
         for k, (source, rows) in enumerate(zip(self.sources, rows_of, strict=True)):
             coarsest = max((r for r in rows if r is not None), key=lambda r: r.seq_len, default=None)
             if isinstance(coarsest, Windows):  # of several lengths, the longest of all stages are what an epoch is of
                 coarsest = Windows(source.train, mixture.stages[0].grid, coarsest.vocab_size)
-            once = tokens[source.name] if epochs[k] <= 1 else int(tokens[source.name] / epochs[k])
+            read = tokens[source.name]
+            once = int(read * distinct[k] / epochs[k]) if epochs[k] else 0
             sources.append(
                 {
                     "name": source.name,
@@ -142,8 +144,9 @@ class Reading:
                     "row_tokens": None if coarsest is None else coarsest.seq_len,
                     "unread_tokens": source.train.n_tokens if coarsest is None else coarsest.unread_tokens,
                     "left_over_tokens": left_over[k],
-                    "read_tokens": tokens[source.name],
-                    "repeated_tokens": tokens[source.name] - once,
+                    "read_tokens": read,
+                    "repeated_tokens": read - once,
+                    "repeated_tokens_are_expected": expected,
                     "epochs": float(epochs[k]),
                     "max_epochs": source.max_epochs,
                 }
@@ -305,8 +308,9 @@ def table(figures: dict[str, Any]) -> str:
         left_over = source["left_over_tokens"]
         lines.append(
             f"{source['name']}: {source['documents']:,} documents, {source['tokens']:,} tokens; read "
-            f"{source['read_tokens']:,}, {source['epochs']:.3f} epochs{bound}, {source['repeated_tokens']:,} of them "
-            f"again; {source['unread_tokens']:,} tokens of the split are in no row"
+            f"{source['read_tokens']:,}, {source['epochs']:.3f} epochs{bound}, "
+            f"{'about ' if source['repeated_tokens_are_expected'] else ''}{source['repeated_tokens']:,} of them again; "
+            f"{source['unread_tokens']:,} tokens of the split are in no row"
             + (f", {left_over:,} left over where stages of shorter rows end" if left_over else "")
         )
     return "\n".join(lines)

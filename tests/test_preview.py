@@ -14,9 +14,9 @@ from mamba_pretrain import preview as preview_module
 from mamba_pretrain.cli import main
 from mamba_pretrain.config import load
 from mamba_pretrain.data.dataset import open_split
-from mamba_pretrain.data.packing import IGNORE
+from mamba_pretrain.data.packing import IGNORE, Packed
 from mamba_pretrain.preview import document_lengths, measure
-from mamba_pretrain.reading import open_reading
+from mamba_pretrain.reading import open_reading, table
 from tests.helpers.corpora import make_dataset
 from tests.helpers.rows import foreign_shard
 from tests.helpers.runs import OPTIONS, small_config
@@ -52,6 +52,30 @@ def test_it_counts_what_the_run_reads(words: list[str], tmp_path: Path, capsys: 
     assert not Path(load([], words).run_dir).exists()
     assert main(["data", *words]) == 0
     assert capsys.readouterr().out == printed
+
+
+def test_packs_of_several_lengths_are_expected_to_repeat_what_independent_orders_do(tmp_path: Path) -> None:
+    path = make_dataset(tmp_path / "data", n_documents=400)
+    for length in (32, 64):
+        assert pack_shards.main([str(path), "--seq-len", str(length)]) == 0
+    options = [option for option in OPTIONS if not option.startswith("train.steps")]
+    stages = "data.stages=[{}, {from_tokens: 12800, seq_len: 64}]"
+    words = [*options, f"data.path={path}", "data.packing=best_fit", "train.steps=100", stages, f"run_dir={tmp_path}/r"]
+    reading = open_reading(load([], words))
+    samples = 12800 // 32 + 12800 // 64
+    (found,) = reading.figures(samples)["sources"]
+    assert found["read_tokens"] == 25600 and found["epochs"] < 1
+    times = np.zeros(reading.sources[0].train.n_tokens, np.int64)
+    places = reading.mixture.locate(np.arange(samples))
+    for stage, row in zip(places.stages.tolist(), places.rows.tolist(), strict=True):
+        packed = reading.dataset.rows[stage][0]
+        assert isinstance(packed, Packed)
+        for piece in packed._pieces(row):
+            times[piece.start : piece.start + piece.tokens] += 1
+    assert found["repeated_tokens"] == pytest.approx(np.maximum(times - 1, 0).sum(), rel=0.05)
+    assert f"about {found['repeated_tokens']:,} of them again" in table(reading.figures(samples))
+    (first,) = reading.figures(400)["sources"]  # one length until here
+    assert first["repeated_tokens"] == 0 and not first["repeated_tokens_are_expected"]
 
 
 def test_shares_are_those_of_the_rows(words: list[str]) -> None:

@@ -166,12 +166,27 @@ class Mixture:
         return found
 
     def epochs(self, samples: int) -> list[Fraction]:
-        """How often the run's first `samples` read each source; packs of different lengths count one by one."""
-        found = [Fraction(0)] * len(self.names)
+        """How often the run's first `samples` read each source, on average over its tokens."""
+        return [sum(of.values(), Fraction(0)) for of in self._epochs_by_grid(samples)]
+
+    def distinct(self, samples: int) -> list[Fraction]:
+        """Which share of each source the run's first `samples` read at least once.
+
+        Exact for one grid. Packs of different lengths have orders of their own, so for several it is what independent
+        draws are expected to meet.
+        """
+        none = Fraction(0)
+        unread = (
+            math.prod((max(none, 1 - n) for n in of.values()), start=1 - none) for of in self._epochs_by_grid(samples)
+        )
+        return [1 - share for share in unread]
+
+    def _epochs_by_grid(self, samples: int) -> list[dict[int, Fraction]]:
+        found: list[dict[int, Fraction]] = [defaultdict(Fraction) for _ in self.names]
         for s, (stage, taken) in enumerate(zip(self.stages, self.taken(samples), strict=True)):
             for k, n in enumerate(taken):
                 if n:
-                    found[k] += Fraction(n * stage.seq_len, stage.grid * self._shares[s][k].per_epoch)
+                    found[k][stage.grid] += Fraction(n * stage.seq_len, stage.grid * self._shares[s][k].per_epoch)
         return found
 
     def left_over(self, samples: int) -> list[int]:
