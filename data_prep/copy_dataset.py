@@ -8,16 +8,17 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from tqdm import tqdm
 
 from data_prep.registries import FetchError
-from data_prep.streams import filesystem
+from data_prep.streams import filesystem, has_ranges, open_raw
 from data_prep.workspace import reveal, workspace
 from mamba_pretrain.data.manifest import MANIFEST, Manifest
-from mamba_pretrain.files import BLOCK_BYTES
+from mamba_pretrain.files import BLOCK_BYTES, sha256_of, sync
 
 REQUESTS: Final = 8  # at a time: object stores give one request a fraction of the line. 128 MB of blocks are in flight
 
@@ -25,8 +26,9 @@ REQUESTS: Final = 8  # at a time: object stores give one request a fraction of t
 def copy_dataset(url: str, output: Path) -> Manifest:
     """Copies what the manifest at `url` names to the directory `output`, which appears when every hash is right.
 
-    A file that is not whole goes on where it broke off. An `output` that is the same dataset is left as it is: by the
-    manifest, and by the sizes of the files (verify_shards reads them). Raises FetchError.
+    A file that is not whole goes on where it broke off, if the server gives parts of files. An `output` that is the
+    same dataset is left as it is: by manifest, tokenizer and the sizes of the files (verify_shards reads them).
+    Raises FetchError.
     """
     remote, root = filesystem(url.rstrip("/"))
     raw = _read(remote, f"{root}/{MANIFEST}", url)
@@ -38,8 +40,11 @@ def copy_dataset(url: str, output: Path) -> Manifest:
                     raise FetchError(
                         f"{output} is there, but {name} is missing or not of {size:,} bytes: remove {output}"
                     )
+            kept = output / manifest.tokenizer.file
+            if not kept.is_file() or sha256_of(kept) != manifest.tokenizer.sha256:
+                raise FetchError(f"{output} is there, but {kept.name} is missing or another: remove {output}")
             print(f"{output}: was complete already")
-            return Manifest.read(output)
+            return manifest
         raise FetchError(f"{output} exists and is not the dataset at {url}: choose another directory")
     with workspace(output, FetchError) as part:
         result = part / "result"
@@ -52,9 +57,9 @@ def copy_dataset(url: str, output: Path) -> Manifest:
         manifest = Manifest.read(result)
         for name, sha256 in _files(manifest, url).items():
             if not (result / name).is_file():
-                _copy(remote, f"{root}/{name}", result / name, sha256)
+                _copy(remote, f"{root}/{name}", result / name, sha256, f"{url.rstrip('/')}/{name}")
         reveal(result, output)
-    print(f"{output}: complete, every sha256 is right")
+    print(f"{output}: complete, every file had its sha256 as it came")
     return manifest
 
 
@@ -67,9 +72,11 @@ def _files(manifest: Manifest, url: str) -> dict[str, str]:
     return files
 
 
-def _copy(remote: Any, source: str, path: Path, sha256: str) -> None:
+def _copy(remote: Any, source: str, path: Path, sha256: str, url: str) -> None:
     begun = path.with_name(path.name + ".begun")
-    size = _reported(remote.size, source, source)
+    size, in_parts = _reported(remote.size, source, source), _reported(has_ranges, url, url)
+    if not in_parts:  # from the beginning, then, and by one request
+        begun.unlink(missing_ok=True)
     done = begun.stat().st_size if begun.exists() else 0
     digest = hashlib.sha256()
     with tqdm(total=size, unit="B", unit_scale=True, disable=None, desc=path.name) as bar, begun.open("ab+") as stream:
@@ -77,7 +84,7 @@ def _copy(remote: Any, source: str, path: Path, sha256: str) -> None:
         while block := stream.read(BLOCK_BYTES):
             digest.update(block)
         bar.update(done)
-        for block in _blocks(remote, source, done, size):
+        for block in _blocks(remote, source, done, size) if in_parts else _stream(url):
             digest.update(block)
             stream.write(block)
             bar.update(len(block))
@@ -88,7 +95,15 @@ def _copy(remote: Any, source: str, path: Path, sha256: str) -> None:
             "manifest was written, or the copy was damaged on the way. Run the command again; if that gives the same, "
             "the dataset at the source is damaged"
         )
+    sync(begun)  # before it has the name by which a later run takes it for whole
     begun.rename(path)
+
+
+def _stream(url: str) -> Iterator[bytes]:
+    """The bytes of a file whose server gives it from the beginning only."""
+    with _reported(partial(open_raw, seekable=False), url, url) as stream:
+        while block := _reported(stream.read, url, BLOCK_BYTES):
+            yield block
 
 
 def _blocks(remote: Any, source: str, first: int, size: int) -> Iterator[bytes]:

@@ -15,6 +15,7 @@ from data_prep.copy_dataset import copy_dataset
 from data_prep.registries import FetchError
 from mamba_pretrain.data.dataset import verify
 from tests.helpers.s3 import s3_server
+from tests.helpers.web import web_server
 
 URL = "s3://bucket/datasets/small"
 
@@ -106,6 +107,36 @@ def test_a_manifest_cannot_name_files_elsewhere(s3: Any, tmp_path: Path) -> None
     raw = s3.cat_file(f"{URL}/manifest.json").replace(b'"tokenizer.bytes"', b'"../tokenizer.bytes"')
     s3.pipe_file(f"{URL}/manifest.json", raw)
     with pytest.raises(FetchError, match=r"'../tokenizer.bytes', which is not one of its directory"):
+        copy_dataset(URL, tmp_path / "data")
+
+
+def test_a_server_without_ranges_gives_whole_files(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(module, "BLOCK_BYTES", 500)  # far less than the files have
+    (tmp_path / "data.part" / "result").mkdir(parents=True)
+    (tmp_path / "data.part" / "lock").touch()
+    (tmp_path / "data.part" / "result" / "train.bin.begun").write_bytes((dataset / "train.bin").read_bytes()[:800])
+    with web_server(dataset) as url:
+        copy_dataset(url, tmp_path / "data")
+    assert verify(tmp_path / "data") == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "reason"), [("train.bin", 5, "train.bin is missing or not of"), ("tokenizer.bytes", 0, "another")]
+)
+def test_a_finished_copy_that_has_lost_something_is_not_called_complete(
+    s3: Any, tmp_path: Path, name: str, cut: int, reason: str
+) -> None:
+    copy_dataset(URL, tmp_path / "data")
+    path = tmp_path / "data" / name
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(FetchError, match=reason):
+        copy_dataset(URL, tmp_path / "data")
+    path.unlink()
+    with pytest.raises(FetchError, match=f"{name} is missing"):
         copy_dataset(URL, tmp_path / "data")
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import gzip
-import http.server
 import os
 import pickle
 import re
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +18,7 @@ from data_prep.streams import CorpusError, UnreadableError, open_raw
 from tests.helpers.corpora import make_documents, write_jsonl
 from tests.helpers.inputs import jsonl_bytes, save_dataset, texts, write_parquet, write_zst
 from tests.helpers.s3 import s3_server
+from tests.helpers.web import Quiet, web_server
 
 DOCUMENTS = make_documents(300)
 HALF = len(DOCUMENTS) // 2
@@ -137,15 +134,6 @@ def test_a_web_server_with_ranges_is_read_by_units(s3: str) -> None:
     assert texts(corpus, 2000) == DOCUMENTS[:HALF]
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def copyfile(self, source: object, target: object) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the reader has seen enough
-            super().copyfile(source, target)  # type: ignore[arg-type, misc]
-
-
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[str]:
     pytest.importorskip("aiohttp")
@@ -153,12 +141,8 @@ def web(tmp_path: Path) -> Iterator[str]:
     write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:HALF])
     write_jsonl(tmp_path / "deep" / "b c.jsonl", DOCUMENTS[HALF:])
     (tmp_path / "README.md").write_text("x")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path))) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with web_server(tmp_path) as url:
+        yield url
 
 
 def test_a_web_server_without_ranges_is_read_file_by_file(web: str) -> None:
