@@ -22,7 +22,7 @@ from typing import Final
 import xxhash
 
 import mamba_pretrain
-from data_prep.corpus import Corpus
+from data_prep.corpus import ON_ERROR, Corpus
 from data_prep.records import Reading, Unit
 from data_prep.store import DRAFT, Store, store_at
 from data_prep.streams import modified_ns
@@ -43,7 +43,7 @@ MAX_PARTS: Final = 4096  # about so many, whatever the corpus: a few thousand fi
 
 @dataclass(frozen=True)
 class Choices:
-    """What a later start may change: finished parts do not depend on it."""
+    """What a later start may change, and a task only so far as all tasks may then differ: see `agree`."""
 
     on_error: str
     drop_duplicates: bool
@@ -175,7 +175,9 @@ def has_parts(store: Store) -> bool:
 def agree(store: Store, plan: Plan, tokenizer: Tokenizer, *, alone: bool) -> None:
     """Writes the plan, or finds the same one there. Raises ShardError that names what differs.
 
-    `alone`: nobody else works in the store, so that a plan of which no part was finished may be replaced.
+    `alone`: nobody else works in the store, so that a plan of which no part was finished may be replaced, and choices
+    are this start's. Of tasks, which may start in any order, the most forgiving `on_error` stands, and all must want
+    duplicates dropped or none.
     """
     with store.lock(PLAN_LOCK, wait=True):
         names = store.names()
@@ -203,8 +205,19 @@ def agree(store: Store, plan: Plan, tokenizer: Tokenizer, *, alone: bool) -> Non
                 "with the same inputs and options, or remove the directory"
             )
         warn_of_changes(store, before)
-        if before.choices != plan.choices:
-            store.write(PLAN, _to_json(dataclasses.replace(before, choices=plan.choices)))
+        choices = plan.choices if alone else _common(store, before.choices, plan.choices)
+        if before.choices != choices:
+            store.write(PLAN, _to_json(dataclasses.replace(before, choices=choices)))
+
+
+def _common(store: Store, before: Choices, now: Choices) -> Choices:
+    if before.drop_duplicates != now.drop_duplicates:
+        was, is_now = ("with" if choices.drop_duplicates else "without" for choices in (before, now))
+        raise ShardError(
+            f"{store} was begun {was} --drop-duplicates, this task is {is_now}: start all tasks alike. To change it, "
+            "start build_shards without --task, which takes the parts that are there"
+        )
+    return max(before, now, key=lambda choices: ON_ERROR.index(choices.on_error))
 
 
 def warn_of_changes(store: Store, plan: Plan) -> None:

@@ -52,27 +52,6 @@ def test_processes_and_units_do_not_change_a_byte(inputs: list[Path], tmp_path: 
     assert Manifest.read(tmp_path / "one").selection.duplicates == 305
 
 
-def test_tasks_and_a_merge_are_the_one_run(
-    inputs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command(inputs, tmp_path / "one", "--processes", "1") == 0
-    output = tmp_path / "many"
-    for task in ("2/3", "0/3"):
-        assert command(inputs, output, "--task", task, "--processes", "1") == 0
-    assert "python -m data_prep.merge_shards " in capsys.readouterr().out
-    assert merge_shards.main([str(output)]) == 2
-    error = capsys.readouterr().err
-    assert "parts are missing" in error and f"- part 1 ({inputs[0]} [4,0" in error
-    assert "start these tasks again: --task 1/3\n" in error
-    assert not output.exists()
-    assert command(inputs, output, "--task", "1/3", "--processes", "1") == 0
-    assert merge_shards.main([str(output)]) == 0
-    assert contents(output) == contents(tmp_path / "one")
-    assert not Path(f"{output}.work").exists()
-    assert merge_shards.main([str(output), "--overwrite"]) == 2
-    assert "plan.json does not exist: no build was started" in capsys.readouterr().err
-
-
 def test_the_manifest_names_what_decides_the_content(inputs: list[Path], tmp_path: Path) -> None:
     assert command(inputs[:1], tmp_path / "data", "--drop-duplicates", "--processes", "1") == 0
     expected = f"python -m data_prep.build_shards {inputs[0]} --tokenizer bytes --split-fractions 0.7 0.2 0.1"
