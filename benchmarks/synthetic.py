@@ -68,7 +68,6 @@ def write_manifest(directory: Path, train: SplitInfo) -> None:
         sources=[],
         skipped_records=0,
         empty_documents=0,
-        not_round_trip=0,
         command=["benchmarks.data"],
         versions={},
     ).write(directory)

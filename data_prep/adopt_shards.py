@@ -76,7 +76,8 @@ def _adopt(
     if len(dtypes) > 1:
         raise ShardError(f"the splits hold {' and '.join(sorted(dtypes))}: make a dataset of each")
     scans = _scan(shards, info, workers)
-    not_text = [problem for shard in shards.values() for problem in undecodable(shard, tokenizer)]
+    no_text_of = {split: list(undecodable(shard, tokenizer)) for split, shard in shards.items()}
+    not_text = [problem for problems in no_text_of.values() for problem in problems]
     if not_text and not cut_documents:
         raise ShardError(
             f"{len(not_text)} of the sampled documents are no text, the first: {not_text[0]}. Another tokenizer made "
@@ -93,14 +94,13 @@ def _adopt(
         adds_bos=begins_with_bos,
         adds_eod=with_eod == documents,
         splits={
-            split: SplitInfo(shard.n_documents, shard.n_tokens, None, None, scans[split].files)
+            split: SplitInfo(shard.n_documents, shard.n_tokens, None, None, scans[split].files, len(no_text_of[split]))
             for split, shard in shards.items()
         },
         split_rule=SplitRule(0, {}, "as they were when adopted"),
         sources=[SourceInfo(str(p), p.stat().st_size) for source in sources.values() for p in source.files],
         skipped_records=0,
         empty_documents=0,
-        not_round_trip=len(not_text),  # of the sample; any at all, and nothing is measured per byte
         command=list(command),
         versions=versions(),
         origin=" and ".join(sorted({source.origin for source in sources.values()})),

@@ -253,7 +253,10 @@ def summary(manifest: Manifest) -> str:
             "documents repeat the text of an earlier one, and "
             + ("were left out" if manifest.selection.duplicates_dropped else "are in; --drop-duplicates drops them"),
         ),
-        (manifest.not_round_trip, "documents do not decode back to their own bytes: the tokenizer loses text"),
+        (
+            sum(info.not_round_trip for info in manifest.splits.values()),
+            "documents do not decode back to their own bytes: the tokenizer loses text",
+        ),
     ):
         rows += [f"warning: {count:,} {what}"] if count else []
     rows += [f"warning: left out: {reason}" for reason in manifest.selection.left_out]

@@ -78,11 +78,10 @@ def merge(
                 splits = [
                     _Split(name, stack.enter_context(target.writer(name, tokenizer))) for name in plan.split_rule.splits
                 ]
-                lossy = 0
                 for begin, (part, counts) in zip(_begins(parts), parts.items(), strict=True):
                     repeats = np.fromfile(flags, np.uint8, counts.documents, offset=begin)
                     try:
-                        lossy += _copy(store, plan, part, counts, splits, repeats, progress)
+                        _copy(store, plan, part, counts, splits, repeats, progress)
                     except DamagedError as error:  # go on, to name all of them at once
                         damaged.append(str(error))
                 _require_none(damaged, store)
@@ -98,6 +97,7 @@ def merge(
                     split.text_bytes,
                     split.words,
                     split.writer.files,
+                    split.lossy,
                 )
                 for split in splits
             },
@@ -105,7 +105,6 @@ def merge(
             sources=plan.inputs,
             skipped_records=sum(counts.skipped for counts in parts.values()),
             empty_documents=sum(counts.empty for counts in parts.values()),
-            not_round_trip=lossy,
             command=plan.choices.command,
             versions=plan.versions,
             selection=Selection(
@@ -153,9 +152,9 @@ def _copy(
     splits: list[_Split],
     repeats: NDArray[np.uint8],
     progress: Callable[[int], object],
-) -> int:
-    """Every document of the part that is taken, in order, to its split. Returns how many of them are lossy."""
-    lossy, itemsize = 0, splits[0].writer.dtype.itemsize
+) -> None:
+    """Every document of the part that is taken, in order, to its split."""
+    itemsize = splits[0].writer.dtype.itemsize
     with contextlib.closing(Checked(store, part, "tokens", counts)) as tokens:
         for rows in rows_of(store, part, counts):
             here, repeats = np.split(repeats, [rows.size])
@@ -166,13 +165,11 @@ def _copy(
                 size = int(rows["tokens"][begin:end].sum(dtype=np.int64)) * itemsize
                 if taken[begin]:
                     splits[rows["split"][begin]].add(rows[begin:end], tokens.blocks(size))
-                    lossy += int(rows["lossy"][begin:end].sum(dtype=np.int64))
                 else:
                     for _ in tokens.blocks(size):  # for its checksum
                         pass
                 progress(size)
         tokens.require_end()
-    return lossy
 
 
 @dataclass
@@ -181,11 +178,13 @@ class _Split:
     writer: ShardWriter
     text_bytes: int = 0
     words: int = 0
+    lossy: int = 0
 
     def add(self, rows: NDArray[np.void], blocks: Iterator[bytes]) -> None:
         self.writer.extend(rows["tokens"], blocks)
         self.text_bytes += int(rows["text_bytes"].sum())
         self.words += int(rows["words"].sum())
+        self.lossy += int(rows["lossy"].sum(dtype=np.int64))
 
 
 @dataclass

@@ -113,7 +113,7 @@ def run_eval_perplexity(arguments: argparse.Namespace) -> None:
                 shard,
                 adds_bos=manifest.adds_bos,
                 tokenizer=dataset_tokenizer(arguments.data, manifest),
-                not_round_trip=manifest.not_round_trip,
+                not_round_trip=manifest.splits[arguments.split].not_round_trip,
                 max_documents=arguments.max_documents,
                 precision=arguments.precision,
                 progress=True,

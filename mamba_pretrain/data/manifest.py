@@ -32,6 +32,7 @@ class SplitInfo:
     text_bytes: int | None
     words: int | None  # separated by whitespace
     files: dict[str, FileInfo]
+    not_round_trip: int = 0  # documents that do not decode back to their own bytes; of adopted tokens, in a sample
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Selection:
 @dataclass(frozen=True)
 class Manifest:
     """`manifest.json`, field for field. Version 1 had no `selection`, `origin` and `adds_eod`, version 2 no inputs in
-    its split rule."""
+    its split rule, version 3 one `not_round_trip` for all splits, which each of them has then."""
 
     tokenizer: TokenizerInfo
     dtype: str
@@ -89,14 +90,13 @@ class Manifest:
     sources: list[SourceInfo]
     skipped_records: int  # invalid, left out because the command was told to
     empty_documents: int  # valid, without text, left out
-    not_round_trip: int  # documents that do not decode back to their own bytes
     command: list[str]
     versions: dict[str, str]
     selection: Selection = field(default_factory=Selection)
     origin: str = "build_shards"  # or the program whose tokens were adopted: megatron, datatrove
     adds_eod: bool = True  # whether every document ends with the eod; adopted ones may not
     format: str = "megatron-indexed-dataset"
-    version: int = 3
+    version: int = 4
 
     def fingerprint(self, split: str) -> str:
         """16 hex digits that identify what a run trains on: this split's tokens and documents, and their meaning."""
@@ -132,6 +132,10 @@ class Manifest:
             fields |= {"selection": dataclasses.asdict(Selection()), "origin": cls.origin, "adds_eod": True}
         if fields["version"] < 3 and isinstance(fields.get("split_rule"), dict):
             fields["split_rule"].setdefault("inputs", {})
+        if fields["version"] < 4 and isinstance(fields.get("splits"), dict) and "not_round_trip" in fields:
+            lossy = fields.pop("not_round_trip")
+            for split in filter(lambda split: isinstance(split, dict), fields["splits"].values()):
+                split["not_round_trip"] = lossy
         fields["version"] = cls.version
         manifest = from_json(cls, fields, str(path))
         assert isinstance(manifest, Manifest)

@@ -52,7 +52,7 @@ class PerplexityResult:
     documents: int | None = None
     text_bytes: int | None = None  # this and words: None where the tokenizer loses text
     words: int | None = None  # separated by whitespace
-    not_round_trip: int | None = None  # documents of the dataset that do not decode to their own bytes
+    not_round_trip: int | None = None  # documents of the split that do not decode to their own bytes
 
     @property
     def nats_per_token(self) -> float:
@@ -87,7 +87,7 @@ class PerplexityResult:
             return None
         return (
             "bits per byte and word perplexity are left out, since the tokenizer loses text: "
-            f"{self.not_round_trip:,} documents of the dataset do not decode to their own bytes"
+            f"{self.not_round_trip:,} documents of the split do not decode to their own bytes"
         )
 
     def to_json(self, **facts: Any) -> str:
@@ -127,7 +127,7 @@ def evaluate_documents(
     The documents lie end to end in `lanes` streams, which are the rows of a batch. Each stream is read window by
     window with the state handed on, so that the result is that of each document alone in one pass (up to rounding),
     at the memory of lanes x window tokens. `adds_bos`: documents begin with a bos, which predicts their first token
-    and is no text itself; without it the first token is unscored. `not_round_trip` is the dataset's: where it is not
+    and is no text itself; without it the first token is unscored. `not_round_trip` is the split's: where it is not
     0, the tokens say less than the text, and nothing is measured per byte or word. Raises EvaluationError.
     """
     wanted = shard.n_documents if max_documents is None else min(max_documents, shard.n_documents)

@@ -136,7 +136,7 @@ def test_a_tokenizer_that_loses_text_gives_no_figure_per_byte_or_word(tmp_path: 
     assert lossy.markdown_row("x", "y").endswith("| - | - |")
     assert json.loads(lossy.to_json())["not_round_trip"] == 3
     assert whole.missing is None
-    assert "3 documents of the dataset do not decode to their own bytes" in (lossy.missing or "")
+    assert "3 documents of the split do not decode to their own bytes" in (lossy.missing or "")
 
 
 def test_a_uniform_model_pays_for_every_token_alike(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def dataset_of(directory: Path, documents: Documents, vocab_size: int = 100) -> 
     split = SplitInfo(writer.n_documents, writer.n_tokens, None, None, writer.files)
     tokenizer = TokenizerInfo("bytes", "0" * 64, vocab_size, 0, 0, "tokenizer.bytes")
     rule = SplitRule(0, {"train": 1.0}, "all")
-    Manifest(tokenizer, writer.dtype.name, False, {"train": split}, rule, [], 0, 0, 0, [], {}).write(directory)
+    Manifest(tokenizer, writer.dtype.name, False, {"train": split}, rule, [], 0, 0, [], {}).write(directory)
     return directory
 
 
