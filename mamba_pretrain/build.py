@@ -32,7 +32,7 @@ from mamba_pretrain.ops import dispatch
 from mamba_pretrain.ops.backends import native, native_build
 from mamba_pretrain.ops.selfcheck import self_check
 from mamba_pretrain.pieces import PiecesError
-from mamba_pretrain.reading import Reading, open_reading, table
+from mamba_pretrain.reading import Reading, Source, open_reading, table
 
 log = logging.getLogger("mamba_pretrain")
 
@@ -122,7 +122,7 @@ def build(config: Config, ranks: Ranks = ALONE) -> Run:
         known = None
         if config.train.init_from is not None and resume_from is None:
             source = read_pretrained(Path(config.train.init_from))
-            _check_tokenizer(config, source, manifest)
+            _check_tokenizer(config, source, reading.sources[0])
             known = source.config
         elif config.train.init_from is not None and resume_from is not None:
             known = ModelConfig(**checkpoint.read_manifest(resume_from)["identity"]["model"])
@@ -225,17 +225,17 @@ def resolve_model(given: ModelConfig, known: ModelConfig | None, manifest: Manif
     return given
 
 
-def _check_tokenizer(config: Config, source: Pretrained, manifest: Manifest) -> None:
-    """The weights' tokenizer, if known, must be the dataset's; data.tokenizer, if given, has the last word."""
+def _check_tokenizer(config: Config, source: Pretrained, data: Source) -> None:
+    """The weights' tokenizer, if known, must be that of the data; data.tokenizer, if given, has the last word."""
     if source.tokenizer_file is None or config.data.tokenizer is not None:
         return
-    theirs = load_tokenizer(source.tokenizer_file).sha256
-    if theirs != manifest.tokenizer.sha256:
+    theirs, needed = load_tokenizer(source.tokenizer_file).sha256, data.manifest.tokenizer.sha256
+    if theirs != needed:
         raise ConfigError(
             [
-                f"{source.tokenizer_file} (sha256 {theirs[:12]}) is not the tokenizer that made {config.data.path} "
-                f"(sha256 {manifest.tokenizer.sha256[:12]}): build the shards with it, or, if the two mean the same "
-                f"ids, say so with data.tokenizer={config.data.path}"
+                f"{source.tokenizer_file} (sha256 {theirs[:12]}) is not the tokenizer that made {data.path} "
+                f"(sha256 {needed[:12]}): build the shards with it, or, if the two mean the same "
+                f"ids, say so with data.tokenizer={data.path}"
             ]
         )
 

@@ -102,15 +102,32 @@ def test_damaged_and_missing_shards_are_refused_before_anything_is_written(tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def save_tokenizer(path: Path) -> Path:
+    tokenizer = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a"))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(path))
+    return path
+
+
 def test_a_dataset_of_another_tokenizer_or_a_larger_vocabulary_is_refused(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has 257 tokens, model.vocab_size is 100: set model.vocab_size=257"):
         build(small_config(dataset, tmp_path / "run", "model.vocab_size=100"))
-    other = tmp_path / "other.json"
-    tokenizer = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a"))
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    tokenizer.save(str(other))
+    other = save_tokenizer(tmp_path / "other.json")
     with pytest.raises(ShardError, match="was made with another tokenizer"):
         build(small_config(dataset, tmp_path / "run", f"data.tokenizer={other}"))
+
+
+@pytest.mark.parametrize("given", ["data.path={0}", "data.sources=[{{path: {0}}}]"])
+def test_weights_of_another_tokenizer_are_refused_until_it_is_said_to_mean_the_same(
+    finished: Path, tmp_path: Path, given: str
+) -> None:
+    data = make_dataset(tmp_path / "data", tokenizer=save_tokenizer(tmp_path / "other.json"))
+    export_checkpoint(finished / "checkpoints/step_00000012", tmp_path / "model", to="mamba_ssm")
+    words = [f"train.init_from={tmp_path / 'model'}", "data.path=null", given.format(data)]
+    said = rf"/model/tokenizer.bytes \(.* is not the tokenizer that made {data} .* say so with data.tokenizer={data}$"
+    with pytest.raises(ConfigError, match=said):
+        build(small_config(data, tmp_path / "run", *words))
+    build(small_config(data, tmp_path / "run", *words, f"data.tokenizer={data}"))
 
 
 def test_training_goes_on_from_an_exported_model_by_one_key(dataset: Path, finished: Path, tmp_path: Path) -> None:

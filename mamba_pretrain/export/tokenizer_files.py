@@ -61,6 +61,12 @@ def find(directory: Path, facts: dict[str, Any] | None) -> tuple[Path | None, di
         return None, facts if facts and facts.get("kind", "unknown") is None else None
     if facts and facts.get("sha256") == sha256_of(path):
         return path, facts
+    if facts and facts.get("file") == path.name:
+        warnings.warn(
+            f"{path} is not the tokenizer that the model was trained with: its sha256 is {sha256_of(path)[:12]}, the "
+            f"model's {str(facts.get('sha256'))[:12]}. It is taken as it is",
+            stacklevel=3,
+        )
     return path, _describe(path)
 
 
