@@ -22,11 +22,11 @@ from mamba_pretrain.data import loader
 from mamba_pretrain.data.dataset import open_split
 from mamba_pretrain.data.loader import Batch, LoaderError, MixedRows, WindowDataset, batches
 from mamba_pretrain.data.mixture import Mixture, Stage
-from mamba_pretrain.data.order import window_at
 from mamba_pretrain.data.packing import Block, Outputs, Windows
 from mamba_pretrain.data.shards import ShardError
 from tests.helpers.corpora import make_dataset
 from tests.helpers.marks import slow_but
+from tests.helpers.order import window_at
 
 SEQ_LEN = 128
 KEYS = ("input_ids", "labels", "seq_idx", "samples", "padding")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mamba_pretrain.data.mixture import RESOLUTION, Mixture, Schedule, Stage, shares_by_size
-from mamba_pretrain.data.order import window_at
+from tests.helpers.order import window_at
 
 NAMES = ["code", "web", "wiki"]
 L = 64
