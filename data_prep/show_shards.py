@@ -29,6 +29,7 @@ Show a dataset: by default a table of its splits and where it came from. Example
     python -m data_prep.show_shards data/sotu --find "state of the union" --hits 5
     python -m data_prep.show_shards data/sotu --stats --lengths --plot pictures
 """
+SPLIT = "train"
 FREQUENT = 20  # tokens in the table of --stats
 QUANTILES = {"1%": 0.01, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "99%": 0.99}
 
@@ -36,7 +37,7 @@ QUANTILES = {"1%": 0.01, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "9
 def parser() -> ArgumentParser:
     result = new_parser("data_prep.show_shards", DESCRIPTION)
     result.add_argument("dataset", type=local_directory, help="directory made by build_shards or adopt_shards")
-    result.add_argument("--split", default="train", help="default: train")
+    result.add_argument("--split", default=SPLIT, help="default: %(default)s")
     result.add_argument("--document", type=int, metavar="N", help="decode document N, counted from 0")
     result.add_argument("--count", type=int, default=1, metavar="K", help="and those after it, K in all (default: 1)")
     result.add_argument("--find", metavar="STRING", help="search the decoded text, from --document on if that is given")
@@ -58,6 +59,8 @@ def body(arguments: Namespace) -> int:
     manifest = Manifest.read(arguments.dataset)
     _check(arguments)
     if arguments.document is None and not (arguments.find or arguments.lengths or arguments.stats or arguments.plot):
+        if arguments.split != SPLIT:
+            open_split(arguments.dataset, arguments.split)  # or the error that names the splits
         info = manifest.tokenizer
         print(summary(manifest))
         print(f"tokenizer: {info.kind}, {info.vocab_size:,} ids, bos {info.bos_id}, eod {info.eod_id}, {info.sha256}")
@@ -98,7 +101,7 @@ def _show_places(arguments: Namespace, shard: Shard, tokenizer: Tokenizer) -> in
             tqdm.write(f"{arguments.split} {hit}", file=sys.stdout)
             n += 1
     if n == arguments.hits:
-        print(f"stopped after {n:,} places; --hits asks for more, --document begins elsewhere")
+        print(f"stopped after {n:,} places, there may be more: --hits asks for more, --document begins elsewhere")
     elif shard.n_documents:
         print(f"{n:,} places in documents {first:,} to {shard.n_documents - 1:,} of {arguments.split}")
     else:

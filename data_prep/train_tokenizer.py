@@ -9,6 +9,7 @@ import random
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -46,6 +47,8 @@ MAX_BYTES: Final = 4 * CHARACTERS  # of such a sentence in UTF-8
 # input on every machine.
 THREADS: Final = 4
 END: Final = "<|endoftext|>"
+SMALLEST_JSON: Final = 257
+SMALLEST: Final = f"the smallest is {SMALLEST_JSON}, for the bytes and the end of a document"
 ENTRY_BYTES: Final = 150  # what Python takes for a place in the sample, beside the text
 
 
@@ -125,8 +128,8 @@ def train_json(texts: Sequence[str], *, vocab_size: int) -> bytes:
     model.train_from_iterator(texts, trainer, length=len(texts))
     if (found := model.get_vocab_size()) != vocab_size:
         raise TokenizerError(
-            f"--vocab-size {vocab_size}: {len(texts):,} passages of text yield {found:,} ids; the smallest is 257, "
-            "for the bytes and the end of a document. Use more text, or another size"
+            f"--vocab-size {vocab_size}: {len(texts):,} passages of text yield {found:,} ids. Use more text, or "
+            f"another size; {SMALLEST}"
         )
     return str(model.to_str(pretty=True)).encode()
 
@@ -173,6 +176,8 @@ def _check(arguments: Namespace) -> list[Path]:
             raise TokenizerError(f"--{option.replace('_', '-')} {value}: expected 1 or more")
     if output.suffix == ".json" and (arguments.model_type or arguments.character_coverage):
         raise TokenizerError("--model-type and --character-coverage are of SentencePiece, and a .json is none")
+    if output.suffix == ".json" and arguments.vocab_size < SMALLEST_JSON:
+        raise TokenizerError(f"--vocab-size {arguments.vocab_size}: {SMALLEST}")
     output.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(output.parent, os.W_OK):
         raise TokenizerError(f"{output.parent} is not writable; choose another output")
@@ -236,10 +241,10 @@ def body(arguments: Namespace) -> int:
         )
         model = sentencepiece.SentencePieceProcessor(model_proto=content)
         pieces = [f"{model.id_to_piece(i)!r}\t{model.get_score(i):g}\n" for i in range(model.get_piece_size())]
-        with draft_of(vocab[0]) as draft:
-            draft.write_bytes("".join(pieces).encode())
-    with draft_of(output) as draft:
-        draft.write_bytes(content)
+    with ExitStack() as drafts:  # both appear at the end
+        if vocab:
+            drafts.enter_context(draft_of(vocab[0])).write_bytes("".join(pieces).encode())
+        drafts.enter_context(draft_of(output)).write_bytes(content)
     tokenizer = load_tokenizer(output)
     shown = texts[:1000]
     density = sum(len(tokenizer.encode(text)) for text in shown) / sum(len(text.encode()) for text in shown)

@@ -121,7 +121,8 @@ def sync(path: Path) -> None:
 def draft_of(output: Path) -> Iterator[Path]:
     """A path for a file that becomes `output` once it is complete and on disk, if the block ends well.
 
-    A killed process leaves `OUTPUT.tmp-HOST-PID`; the next one with the same output on the same host removes it.
+    A killed process leaves `OUTPUT.tmp-HOST-PID`; the next one with the same output on the same host removes it. A
+    full disk's OSError names the output: a write's own names no file.
     """
     for path in _left(output, "tmp"):
         path.unlink(missing_ok=True)  # another process may sweep at the same time
@@ -131,6 +132,10 @@ def draft_of(output: Path) -> Iterator[Path]:
         sync(draft)
         draft.rename(output)
         sync(output.parent)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(output)) from error
+        raise
     finally:
         draft.unlink(missing_ok=True)
 

@@ -322,7 +322,8 @@ def test_the_tokenizer_learns_from_the_train_split_only(tmp_path: Path, monkeypa
         (["--vocab-size", "300", "--output", "t.model", "--sample-bytes", "9"], "or more --sample-bytes"),
         (["--vocab-size", "300", "--output", "t.json", "--model-type", "bpe"], "of SentencePiece, and a .json is"),
         (["--vocab-size", "9000", "--output", "t.json"], "passages of text yield"),
-        (["--vocab-size", "100", "--output", "t.json"], "the smallest is 257"),
+        (["--vocab-size", "100", "--output", "t.json"], "--vocab-size 100: the smallest is 257"),
+        (["--vocab-size", "9000", "--output", "t.json"], "ids. Use more text, or another size; the smallest is 257"),
         (["--vocab-size", "300", "--output", "corpus.jsonl/t.model"], "File exists: 'corpus.jsonl'"),
     ],
 )

@@ -142,6 +142,6 @@ def test_a_pack_that_cannot_be_written_leaves_the_one_before(
 
     monkeypatch.setattr(os, "fsync", full)
     assert pack_shards.main([str(dataset), "--seq-len", "8"]) == 2
-    assert "No space left" in capsys.readouterr().err
+    assert f"No space left on device: '{path}'" in capsys.readouterr().err
     assert path.read_bytes() == before
     assert not list(dataset.glob("*tmp*"))

@@ -191,3 +191,10 @@ def test_lengths_need_neither_tokens_nor_tokenizer(tmp_path: Path, capsys: pytes
     (dataset / "tokenizer.bytes").unlink()
     assert show_shards.main([str(dataset), "--lengths"]) == 0
     assert capsys.readouterr().out.rstrip() == histogram(measure_lengths(Shard(dataset / "train")))
+
+
+def test_a_split_that_is_not_there_is_named_always(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = make_dataset(tmp_path / "data")
+    for words in ([], ["--lengths"]):
+        assert show_shards.main([str(dataset), "--split", "valid", *words]) == 2
+        assert "has no split 'valid'; it has train, validation" in capsys.readouterr().err

@@ -110,6 +110,27 @@ def test_a_json_tokenizer_is_the_same_in_every_process(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json", "corpus.jsonl"]
 
 
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_kill_before_the_end_leaves_nothing_that_stops_the_same_command(tmp_path: Path, at: int) -> None:
+    """At the sync of either file, of which one is the tokenizer and the other is for people."""
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(60))
+    words = [str(corpus), "--vocab-size", "300", "--output", str(tmp_path / "t.model")]
+    code = (
+        "import os, sys; from mamba_pretrain import files; from data_prep import train_tokenizer\n"
+        "sync, calls = files.sync, []\n"
+        "def die(path):\n"
+        "    calls.append(path)\n"
+        "    os._exit(9) if len(calls) == int(sys.argv[1]) else sync(path)\n"
+        "files.sync = die\n"
+        "train_tokenizer.main(sys.argv[2:])\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(at), *words], cwd=ROOT).returncode == 9
+    whole = (tmp_path / "t.model").exists()
+    assert whole == (at == 2) and not (tmp_path / "t.vocab").exists()
+    assert train_tokenizer.main([*words, *["--overwrite"] * whole]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "t.model", "t.vocab"]
+
+
 def test_the_locale_changes_nothing(tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [f"{text} Grüße aus Köln, 東京" for text in make_documents(200)])
     for name, locale in (("a", "C"), ("b", "C.UTF-8")):
