@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import xxhash
 
@@ -125,9 +125,9 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         """Of all that a part depends on: the same for plans whose parts are the same."""
-        fields = dataclasses.asdict(self)
+        fields = _fields(self)
         del fields["choices"], fields["modified"]
-        return xxhash.xxh3_128_hexdigest(json.dumps(fields).encode())
+        return xxhash.xxh3_128_hexdigest(json.dumps(fields, default=_fields).encode())
 
     def units_of(self, part: int) -> range:
         return range(self.parts[part], self.parts[part + 1] if part + 1 < len(self.parts) else len(self.units))
@@ -249,7 +249,12 @@ def planned_tokenizer(store: Store, plan: Plan) -> Tokenizer:
 
 
 def _to_json(plan: Plan) -> bytes:
-    return (json.dumps(dataclasses.asdict(plan), indent=1) + "\n").encode()
+    return (json.dumps(plan, default=_fields) + "\n").encode()
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    """As json wants it, one record at a time: `asdict` makes all of them at once, of as many as there are inputs."""
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
 
 
 def _differences(before: Plan, now: Plan) -> list[str]:

@@ -32,7 +32,7 @@ class Invalid:
 Record = Document | Invalid
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Unit:
     """A part of one input that can be read by itself.
 

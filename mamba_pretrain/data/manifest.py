@@ -45,7 +45,7 @@ class TokenizerInfo:
     file: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceInfo:
     path: str
     bytes: int
