@@ -29,8 +29,8 @@ duplicates. The output directory, which appears when it is complete, holds
     report.json                 what was asked for, and how many documents each stage dropped, and why
     logs/                       datatrove's own, by stage and task
 
-An interrupted run goes on with the tasks that are not complete. Example, FineWeb's recipe as far as it needs no
-downloads:
+An interrupted or killed run goes on with the tasks that are not complete. A worker that the system kills is named with
+its task, once the stage's other tasks are done. Example, FineWeb's recipe as far as it needs no downloads:
 
     python -m data_prep.clean web/*.jsonl.gz --output data/clean --minhash \\
         --filters gopher-repetition c4-fineweb gopher-quality fineweb-quality
@@ -88,7 +88,7 @@ def clean(
                 *map(str, (filtered, scratch, removed, kept)), tasks=tasks, ngram=ngram, buckets=buckets, hashes=hashes
             )
         for name, (n, pipeline) in stages.items():
-            _run(pipeline, n, min(workers, n), result / "logs" / name)
+            steps.run_stage(pipeline, n, workers, result / "logs" / name)
             if not any(filtered.glob("*.jsonl.gz")):
                 raise CorpusError(f"no document passed the filters; {removed} has them all, with the reasons")
         report = {"settings": settings, "stages": _counts(result / "logs", list(stages))}
@@ -123,19 +123,6 @@ def _require_same(settings: dict[str, Any], path: Path) -> None:
             f"{path.parent} holds what another run began, with other {', '.join(different)}: remove it to begin anew, "
             "give the same options to go on, or choose another output"
         )
-
-
-def _run(pipeline: list[Any], tasks: int, workers: int, logs: Path) -> None:
-    from datatrove.executor import LocalPipelineExecutor
-
-    try:
-        LocalPipelineExecutor(pipeline, tasks=tasks, workers=workers, logging_dir=str(logs)).run()
-    except (CorpusError, OSError):
-        raise
-    except Exception as error:
-        raise CorpusError(
-            f"the stage {logs.name} failed: {error!r}; {logs / 'logs'} has each task's own words"
-        ) from error
 
 
 def _counts(logs: Path, stages: Sequence[str]) -> dict[str, dict[str, dict[str, int]]]:

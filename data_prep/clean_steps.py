@@ -1,15 +1,23 @@
-"""What datatrove's pipelines need of us: a reader over our corpora, words without a language model, filters by name.
+"""What datatrove's pipelines need of us: a reader over our corpora, words without a language model, filters by name,
+and processes that may be killed.
 
 Imported by `data_prep.clean` alone, once it is known that datatrove is there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterator
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 from datatrove.data import Document as Record
+from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup import (
     MinhashDedupBuckets,
@@ -28,10 +36,15 @@ from datatrove.pipeline.filters import (
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils.hashing import HashConfig
+from datatrove.utils.logging import logger
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
+from tqdm import tqdm
 
-from data_prep.corpus import Corpus
+from data_prep import pool
+from data_prep.corpus import SHOWN, Corpus
+from data_prep.plan import name_of
 from data_prep.records import Unit
+from data_prep.streams import CorpusError
 
 WORD: Final = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]+")
 
@@ -60,10 +73,13 @@ class CorpusReader(PipelineStep):  # type: ignore[misc]
         super().__init__()
         self.corpus, self.units = corpus, units
 
+    def share(self, rank: int, world_size: int) -> list[Unit]:
+        n = len(self.units)
+        return self.units[n * rank // world_size : n * (rank + 1) // world_size]
+
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         yield from data or ()
-        n = len(self.units)
-        share = Share(self.corpus, self.units[n * rank // world_size : n * (rank + 1) // world_size])
+        share = Share(self.corpus, self.share(rank, world_size))
         for document in share:
             self.stat_update("documents")
             self.stat_update("bytes", value=len(document.text.encode()))
@@ -130,3 +146,68 @@ def minhash_stages(
             ],
         ),
     }
+
+
+def run_stage(pipeline: list[Any], tasks: int, workers: int, logs: Path) -> None:
+    """Does those of a stage's tasks that are not complete; with one worker, in this process. `logs` ends in its name.
+
+    Raises the first CorpusError or OSError of a task at once; where workers died, CorpusError after all other tasks.
+
+    datatrove's own `run` waits forever for the result of a worker that was killed. Also, it forks a process that
+    outlives a kill of this one, and holds the lock of the work directory then.
+    """
+    name, again = logs.name, "complete tasks are kept: start the same command again, and it does the others alone"
+    again += f", with fewer --workers than {workers} if memory was short"
+    executor = LocalPipelineExecutor(pipeline, tasks=tasks, workers=workers, logging_dir=str(logs))
+    executor.save_executor_as_json()
+    ranks = deque(executor.get_incomplete_ranks())
+    complete, died = tasks - len(ranks), dict[int, str]()
+    ended: Generator[tuple[Any, Any]]
+    if workers == 1:
+        ended = ((rank, _attempt(executor, rank)) for rank in ranks)
+    else:
+        ended = pool.run(ranks, min(workers, len(ranks)), _worker, (executor,), lambda *_: None)
+    try:
+        with contextlib.closing(ended):
+            for rank, result in ended:
+                if isinstance(result, pool.Failure):
+                    died[rank] = f"{_name_of(rank, executor)}: {result.reason}"
+                    logger.error(f"{died[rank]}. The other tasks go on")
+                elif result is not None:
+                    raise result
+                else:
+                    complete += 1
+                    logger.info(f"{complete}/{tasks} tasks completed.")
+    except pool.WorkerError as error:
+        raise CorpusError(f"the stage {name}: {error}; {again}") from error
+    if died:
+        shown = [f"- {died[rank]}" for rank in sorted(died)[:SHOWN]]
+        shown += [f"- and {len(died) - SHOWN} more"] if len(died) > SHOWN else []
+        raise CorpusError("\n".join([f"{len(died)} of the {tasks} tasks of the stage {name} failed:", *shown, again]))
+
+
+def _worker(executor: LocalPipelineExecutor) -> pool.Work:
+    tqdm.set_lock(threading.RLock())  # by itself it makes a semaphore, which a worker that is told to end leaves behind
+    return partial(_attempt, executor)
+
+
+def _attempt(executor: LocalPipelineExecutor, rank: int, _: object = None) -> CorpusError | OSError | None:
+    """Runs a task, and returns what it raised: it may be another process that is to raise it."""
+    try:
+        # A copy, since its steps count what they see. Local rank 0, one task in so many, prints its log to the console.
+        deepcopy(executor)._run_for_rank(rank, local_rank=rank % executor.workers)
+    except (CorpusError, OSError) as error:
+        return error
+    except Exception as error:  # whatever datatrove's steps, and the libraries below them, raise
+        logs = Path(executor.logging_dir.path)
+        return CorpusError(f"the stage {logs.name} failed: {error!r}; {logs / 'logs'} has each task's own words")
+    return None
+
+
+def _name_of(rank: int, executor: LocalPipelineExecutor) -> str:
+    name, reader = f"task {rank}", executor.pipeline[0]
+    if not isinstance(reader, CorpusReader):  # it reads what an earlier stage wrote
+        return name
+    units = reader.share(rank, executor.tasks)
+    more = f" and {len(units) - 1} more" if len(units) > 1 else ""
+    return f"{name} ({name_of(units[0])}{more})"

@@ -1,10 +1,19 @@
-"""Cleaning with the real datatrove: planted junk and near duplicates go and say why; an interrupted run goes on."""
+"""Cleaning with the real datatrove: planted junk and near duplicates go and say why; a run that was interrupted, killed
+or lost a worker goes on.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +24,8 @@ from data_prep import build_shards, clean, clean_steps
 from mamba_pretrain.data.manifest import Manifest
 from tests.helpers.corpora import write_jsonl
 
+ROOT = Path(__file__).parents[2]
+DEADLINE_S = 120.0  # of what takes a few seconds on an idle machine
 RNG = random.Random(0)
 WORDS = ["river", "stone", "carries", "ancient", "window", "morning", "garden", "letter", "quiet", "journey", "harbor"]
 WORDS += [a + b for a in WORDS[:8] for b in ("s", "like", "less", "ward")]
@@ -164,6 +175,138 @@ def test_two_workers_and_byte_ranges_give_what_one_gives(
     assert len(list((tmp_path / "two" / "kept").iterdir())) > 3
     texts = [[document["text"] for document in documents(tmp_path / name / "kept")] for name in ("one", "two")]
     assert texts[0] == texts[1]
+
+
+@contextlib.contextmanager
+def command(corpus: Path, output: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """In a session of its own, by which its processes are known however they were started; they end with the block."""
+    arguments = [sys.executable, "-m", "data_prep.clean", str(corpus), "--output", str(output), "--workers", "2"]
+    with output.with_suffix(".stderr").open("wb") as stderr:
+        process = subprocess.Popen(
+            [*arguments, *options], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=stderr
+        )
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def processes_of(session: int) -> dict[int, str]:
+    """Process ids and states, T for a stopped one; without zombies."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            state, _, _, of = (path / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(of) == session and state != "Z":
+                found[int(path.name)] = state
+    return found
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + DEADLINE_S
+    while not (value := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return value
+
+
+def stop_in_a_task(session: int, logs: Path) -> tuple[int, int] | None:
+    """The process id of a worker, stopped while it does a task, and the task: the log it has open says which."""
+    for pid in processes_of(session):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended, or the file was closed
+            for fd in Path(f"/proc/{pid}/fd").iterdir():
+                log = fd.readlink()
+                if log.parent == logs / "logs":
+                    os.kill(pid, signal.SIGSTOP)
+                    wait_for(lambda pid=pid: processes_of(session).get(pid, "T") == "T")
+                    task = log.stem.removeprefix("task_")
+                    if os.path.realpath(fd) == str(log) and not (logs / "completions" / task).exists():
+                        return pid, int(task)
+                    os.kill(pid, signal.SIGCONT)
+    return None
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    """Uncompressed: gzip writes the time down."""
+    return {
+        str(path.relative_to(output)): gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        for path in output.rglob("*")
+        if path.is_file() and "logs" not in path.relative_to(output).parts
+    }
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file for each of 12 tasks, and near duplicates across files."""
+    directory = tmp_path_factory.mktemp("large")
+    for i in range(12):
+        texts = ["\n".join(" ".join(sentence() for _ in range(3)) for _ in range(30)) for _ in range(12)]
+        write_jsonl(directory / f"{i:02}.jsonl", [*texts, f"{GOOD[3]} {sentence()}", *JUNK.values()])
+    return directory
+
+
+@pytest.fixture(scope="module")
+def undisturbed(large: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    output = tmp_path_factory.mktemp("undisturbed") / "clean"
+    assert run_clean(large, output, *FILTERS, "--minhash") == 0
+    return contents(output)
+
+
+@pytest.mark.slow
+def test_a_kill_leaves_no_process_and_the_same_command_goes_on(
+    large: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    output, logs = tmp_path / "clean", tmp_path / "clean.part" / "result" / "logs" / "filters"
+    with command(large, output, *FILTERS, "--minhash") as killed:
+        worker, _ = wait_for(lambda: stop_in_a_task(killed.pid, logs))
+        wait_for(lambda: list(logs.glob("completions/*")))
+        killed.kill()
+        killed.wait()
+        os.kill(worker, signal.SIGCONT)
+        complete = {path.name: (logs / f"stats/{path.name}.json").stat() for path in logs.glob("completions/*")}
+        with command(large, output, *FILTERS, "--minhash") as again:
+            again.wait(DEADLINE_S)
+            assert again.returncode == 0, output.with_suffix(".stderr").read_text()
+            wait_for(lambda: not processes_of(again.pid))
+        wait_for(lambda: not processes_of(killed.pid))
+    stats = {name: output / f"logs/filters/stats/{name}.json" for name in complete}
+    assert {name: path.stat().st_mtime_ns for name, path in stats.items()} == {
+        name: found.st_mtime_ns for name, found in complete.items()
+    }
+    assert contents(output) == undisturbed
+    assert not (tmp_path / "clean.part").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_named_with_its_task_and_the_same_command_goes_on(
+    large: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    output, logs = tmp_path / "clean", tmp_path / "clean.part" / "result" / "logs" / "filters"
+    with command(large, output, *FILTERS, "--minhash") as process:
+        worker, task = wait_for(lambda: stop_in_a_task(process.pid, logs))
+        os.kill(worker, signal.SIGKILL)
+        process.wait(DEADLINE_S)
+        wait_for(lambda: not processes_of(process.pid))
+    assert process.returncode == 2
+    said = (
+        f"error: 1 of the 12 tasks of the stage filters failed:\n- task {task} ({large}/{task:02}.jsonl): the worker "
+        "process was ended by SIGKILL (out of memory?)\ncomplete tasks are kept: start the same command again, and it "
+        "does the others alone, with fewer --workers than 2 if memory was short\n"
+    )
+    assert output.with_suffix(".stderr").read_text().endswith(said)
+    assert {path.name for path in logs.glob("completions/*")} == {f"{i:05d}" for i in range(12) if i != task}
+    assert run_clean(large, output, *FILTERS, "--minhash") == 0
+    assert contents(output) == undisturbed
+
+
+def test_what_stops_a_task_in_a_worker_stops_the_command(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (corpus / "b2.jsonl").write_text("{broken\n")
+    assert run_clean(corpus, tmp_path / "clean", *FILTERS, "--workers", "2") == 2
+    assert "error: " + str(corpus / "b2.jsonl:1: not JSON") in capsys.readouterr().err
 
 
 def test_what_cannot_be_done_is_said(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
