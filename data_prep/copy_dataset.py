@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data_prep.registries import FetchError
 from data_prep.streams import filesystem, has_ranges, open_raw
-from data_prep.workspace import reveal, workspace
+from data_prep.workspace import reveal, sweep, workspace
 from mamba_pretrain.data.manifest import MANIFEST, Manifest
 from mamba_pretrain.files import BLOCK_BYTES, sha256_of, sync
 
@@ -43,6 +43,7 @@ def copy_dataset(url: str, output: Path) -> Manifest:
             kept = output / manifest.tokenizer.file
             if not kept.is_file() or sha256_of(kept) != manifest.tokenizer.sha256:
                 raise FetchError(f"{output} is there, but {kept.name} is missing or another: remove {output}")
+            sweep(output)
             print(f"{output}: was complete already")
             return manifest
         raise FetchError(f"{output} exists and is not the dataset at {url}: choose another directory")

@@ -14,7 +14,7 @@ from data_prep.command import new_parser, run
 from data_prep.copy_dataset import copy_dataset
 from data_prep.fetch_sources import SOURCES, Source
 from data_prep.registries import FetchError, download, members
-from data_prep.workspace import reveal, workspace
+from data_prep.workspace import reveal, sweep, workspace
 from mamba_pretrain.files import sha256_of
 
 DESCRIPTION = """\
@@ -42,6 +42,7 @@ def fetch(source: Source, output: Path) -> bool:
     """Makes the directory `output`; false if it was there, complete. Raises FetchError; then `OUTPUT.part` is kept."""
     if output.exists():
         _require_complete(source, output)
+        sweep(output)
         return False
     with workspace(output, FetchError) as part:
         for left in part.glob("download-*"):

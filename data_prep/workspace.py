@@ -22,7 +22,7 @@ def workspace(output: Path, error: type[ValueError]) -> Iterator[Path]:
     Raises `error` where another process on this or, if the file system locks files across hosts, any host holds it, and
     where `output` exists.
     """
-    part = output.with_name(output.name + ".part")
+    part = _part_of(output)
     if part.exists() and any(part.iterdir()) and not (part / LOCK).exists():
         raise error(f"{part}, where work on {output} would be kept, holds something else: move it away")
     part.mkdir(parents=True, exist_ok=True)
@@ -41,6 +41,19 @@ def workspace(output: Path, error: type[ValueError]) -> Iterator[Path]:
         finally:
             if part.exists() and os.listdir(part) == [LOCK]:  # nothing to go on with
                 shutil.rmtree(part)
+
+
+def _part_of(output: Path) -> Path:
+    return output.with_name(output.name + ".part")
+
+
+def sweep(output: Path) -> None:
+    """Removes `OUTPUT.part` beside an output that is complete: a process was killed after it had revealed that."""
+    part = _part_of(output)
+    if (part / LOCK).is_file():
+        with (part / LOCK).open() as lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(part)
 
 
 def reveal(result: Path, output: Path) -> None:

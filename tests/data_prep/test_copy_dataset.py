@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,15 @@ def test_a_dataset_on_s3_becomes_the_same_on_disk(
     }
     assert verify(output) == []
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    (tmp_path / "data.part").mkdir()  # as a kill right before its removal leaves it
+    (tmp_path / "data.part/lock").touch()
+    with (tmp_path / "data.part/lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert fetch.main([URL, str(output)]) == 0
+    assert (tmp_path / "data.part").exists()
     assert fetch.main([URL, str(output)]) == 0
     assert "complete already" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_a_copy_that_broke_off_goes_on_inside_a_file(
