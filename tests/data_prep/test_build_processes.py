@@ -17,12 +17,33 @@ import pytest
 
 from data_prep import build_shards
 from mamba_pretrain.data.manifest import Manifest
+from tests.helpers.builds import contents
 from tests.helpers.corpora import make_documents, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 LIMITED = (
     "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2);"
     "from data_prep.build_shards import main; sys.exit(main(sys.argv[2:]))"
+)
+AFTER_A_PART = "from data_prep.progress import Meter as owner; name = 'finish'"
+WITHIN_THE_MERGE = "from data_prep import merge as owner; name = '_copy'"
+PAUSING = """
+import os, signal, sys
+from data_prep.build_shards import main
+{}
+old = getattr(owner, name)
+def pausing(*arguments):
+    result = old(*arguments)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return result
+setattr(owner, name, pausing)
+sys.exit(main(sys.argv[1:]))
+"""
+MORTAL = (
+    "import functools, sys; from pathlib import Path; from data_prep import build_shards;"
+    "from tests.helpers import builds;"
+    "build_shards._worker = functools.partial(builds.mortal_worker, Path(sys.argv[1]));"
+    "sys.exit(build_shards.main(sys.argv[2:]))"
 )
 
 
@@ -36,10 +57,6 @@ def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     output = tmp_path_factory.mktemp("expected") / "data"
     assert build_shards.main(arguments(corpus, output, "--processes", "1")) == 0
     return contents(output)
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def arguments(corpus: Path, output: Path | str, *options: str) -> list[str]:
@@ -56,7 +73,21 @@ def start_build(corpus: Path, output: Path | str, *options: str) -> subprocess.P
     return start("-m", "data_prep.build_shards", *arguments(corpus, output, *options))
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
+def start_pausing(after: str, corpus: Path, output: Path) -> subprocess.Popen[str]:
+    """A build that has stopped itself there for the first time, and stays so until it is sent SIGCONT or SIGKILL."""
+    process = start("-c", PAUSING.format(after), *arguments(corpus, output, "--processes", "2"))
+    state = Path(f"/proc/{process.pid}/stat")
+    wait_for(lambda: state.read_text().rpartition(")")[2].split()[0] in "TZ")
+    assert process.poll() is None, process.communicate()
+    return process
+
+
+def start_mortal(corpus: Path, output: Path, died: Path, *options: str) -> subprocess.Popen[str]:
+    """A build of which one worker is killed at a part, once; then there is the file `died`."""
+    return start("-c", MORTAL, str(died), *arguments(corpus, output, "--processes", "2", *options))
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
@@ -76,17 +107,15 @@ def n_parts(output: Path) -> int:
 @pytest.mark.slow
 def test_kills_of_the_parent_during_parts_and_merge(corpus: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     output = tmp_path / "out" / "data"
-    process = start_build(corpus, output, "--processes", "2")
-    wait_for(lambda: n_parts(output))
+    process = start_pausing(AFTER_A_PART, corpus, output)
     workers = children(process.pid)
     process.kill()
     process.communicate()
-    assert not output.exists() and len(workers) == 2
-    process = start_build(corpus, output, "--processes", "2")
-    wait_for(lambda: list(output.parent.glob("data.tmp-*/train.bin")) or process.poll() is not None)
+    assert n_parts(output) and not output.exists() and len(workers) == 2
+    process = start_pausing(WITHIN_THE_MERGE, corpus, output)
     process.kill()
     process.communicate()
-    assert process.returncode == -signal.SIGKILL and not output.exists()
+    assert list(output.parent.glob("data.tmp-*/train.bin")) and not output.exists()
     wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
     process = start_build(corpus, output, "--processes", "2")
     assert process.communicate()[1] == "" and process.returncode == 0
@@ -98,17 +127,13 @@ def test_kills_of_the_parent_during_parts_and_merge(corpus: Path, expected: dict
 def test_a_killed_worker_is_named_with_its_file_and_the_rest_goes_on(
     corpus: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    for attempt in range(10):  # between two parts its death costs nothing, and the build succeeds
-        output = tmp_path / f"data{attempt}"
-        process = start_build(corpus, output, "--processes", "2")
-        wait_for(lambda process=process, output=output: n_parts(output) and children(process.pid))
-        os.kill(children(process.pid)[0], signal.SIGKILL)
-        error = process.communicate()[1]
-        if process.returncode:
-            break
+    output = tmp_path / "data"
+    process = start_mortal(corpus, output, tmp_path / "died")
+    error = process.communicate()[1]
     assert process.returncode == 2 and f" parts failed:\n- {corpus} [" in error
     assert "the worker process was ended by SIGKILL (out of memory?)" in error
-    assert "1 of " in error and n_parts(output) > 3
+    n = len(json.loads(Path(f"{output}.work/plan.json").read_text())["parts"])
+    assert f"1 of {n} parts failed" in error and n_parts(output) == n - 1 > 3
     assert build_shards.main(arguments(corpus, output, "--processes", "1")) == 0
     assert contents(output) == expected
 
@@ -117,12 +142,11 @@ def test_a_killed_worker_is_named_with_its_file_and_the_rest_goes_on(
 def test_the_input_of_a_killed_worker_is_read_again_before_it_is_left_out(
     corpus: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    output = tmp_path / "data"
-    process = start_build(corpus, output, "--processes", "2", "--on-error", "skip-files")
-    wait_for(lambda: n_parts(output) and children(process.pid))
-    os.kill(children(process.pid)[0], signal.SIGKILL)
+    output, died = tmp_path / "data", tmp_path / "died"
+    process = start_mortal(corpus, output, died, "--on-error", "skip-files")
     process.communicate()
-    assert process.returncode == 0 and Manifest.read(output).selection.left_out == []
+    assert died.exists() and process.returncode == 0
+    assert Manifest.read(output).selection.left_out == []
     found = contents(output)
     assert found.pop("manifest.json") and found == {k: v for k, v in expected.items() if k != "manifest.json"}
 
@@ -130,9 +154,9 @@ def test_the_input_of_a_killed_worker_is_read_again_before_it_is_left_out(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_build_told_to_end_keeps_its_parts(corpus: Path, tmp_path: Path, number: signal.Signals) -> None:
     output = tmp_path / "out" / "data"
-    process = start_build(corpus, output, "--processes", "2")
-    wait_for(lambda: n_parts(output))
+    process = start_pausing(AFTER_A_PART, corpus, output)
     process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
     error = process.communicate()[1]
     kept = f"what is finished is kept in {output}.work: the same command goes on from there\n"
     expected = f"python -m data_prep.build_shards: interrupted, {kept}" if number == signal.SIGINT else kept
@@ -147,12 +171,12 @@ def test_a_disk_that_fills_up_is_named_and_room_lets_it_go_on(
 ) -> None:
     output = tmp_path / "out" / "data"
     process = start("-c", LIMITED, "100000", *arguments(corpus, output, "--processes", processes))
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=300)[1]
     assert process.returncode == 2 and error.count("\n") == 1
     assert "the disk is full: File too large" in error and "MB are free" in error and "make room" in error
     assert list(output.parent.iterdir()) == []  # no part was finished: nothing is worth keeping
     process = start("-c", LIMITED, "3000000", *arguments(corpus, output, "--processes", processes))
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=300)[1]
     assert process.returncode == 2
     assert f"{output} was not written, the disk is full: File too large" in error
     assert f"what is finished is kept in {output}.work" in error
