@@ -122,6 +122,16 @@ def test_a_sample_of_the_rows_is_said_to_be_one(words: list[str], capsys: pytest
     assert "rows drawn at random from the run's)" in capsys.readouterr().out
 
 
+def test_a_sample_of_the_rows_is_of_all_stages_and_always_the_same(words: list[str]) -> None:
+    """Each of the two stages has 32 of the run's 64 rows."""
+    reading = open_reading(load([], words))
+    found = measure(reading, 64, 40)
+    rows = [sum(part["rows"] for part in found if part["stage"] == stage) for stage in (0, 1)]
+    assert sum(rows) == 40 and min(rows) > 10
+    assert not any(part["all_rows"] for part in found)
+    assert all(measure(reading, 64, 40) == found for _ in range(3))
+
+
 def test_the_histogram_is_of_all_documents_or_says_of_how_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard, _ = open_split(make_dataset(tmp_path / "data", fractions=(1.0, 0.0, 0.0), n_documents=90), "train")
     lengths = [stop - start for start, stop in map(shard.document_bounds, range(90))]

@@ -5,60 +5,30 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from data_prep import pack_shards
 from mamba_pretrain import train
-from mamba_pretrain.build import Run, TrainState, build
+from mamba_pretrain.build import TrainState, build
 from mamba_pretrain.checkpoint import CheckpointError
-from mamba_pretrain.config import Config, ConfigError, load
-from mamba_pretrain.data.dataset import open_split, verify
+from mamba_pretrain.config import ConfigError, load
+from mamba_pretrain.data.dataset import open_split
 from mamba_pretrain.data.mixture import RESOLUTION
-from mamba_pretrain.data.packs import Pieces, pack_path, write_pack
 from mamba_pretrain.data.shards import ShardError
 from mamba_pretrain.reading import open_reading
 from mamba_pretrain.saver import Saver
 from mamba_pretrain.train import run, steps
 from tests.helpers.corpora import make_dataset
+from tests.helpers.mixtures import STAGES, STEPS, advance, assert_adds_up, make_sources, mixed_config
 from tests.helpers.runs import OPTIONS, records, small_config
-
-STAGES = (
-    "data.stages=[{}, {from_tokens: 1000, weights: {code: 3}, seq_len: 64}, {from_tokens: 2048, weights: {web: 0}}]"
-)
-STEPS = 11  # of 256 tokens: 4 in the first stage, 4 in the second, 3 in the third
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    directory = tmp_path_factory.mktemp("sources")
-    return {name: make_dataset(directory / name, n_documents=n, seed=n) for name, n in (("web", 70), ("code", 40))}
-
-
-def mixed_config(
-    paths: dict[str, Path], run_dir: Path, *overrides: str, stages: str = STAGES, **weights: str
-) -> Config:
-    chosen = {"web": "2", "code": "1"} | weights
-    sources = ", ".join(f"{{path: {path}, weight: {chosen[name]}}}" for name, path in paths.items())
-    words = [f"data.sources=[{sources}]", f"run_dir={run_dir}", f"train.steps={STEPS}", stages]
-    return load([], [*OPTIONS, *words, *overrides])
-
-
-def advance(run: Run, n: int) -> None:
-    for _ in islice(steps(run), n):
-        pass
-
-
-def assert_adds_up(run: Run) -> None:
-    state = run.state
-    parts = (state.trained_tokens, state.skipped_tokens, state.masked_tokens, state.padding_tokens)
-    assert state.tokens == 256 * state.step == sum(parts) + state.uncounted_tokens
-    assert state.source_tokens == run.reading.source_tokens(state.samples)
-    assert sum(state.source_tokens.values()) == state.tokens
+    return make_sources(tmp_path_factory.mktemp("sources"))
 
 
 def test_what_is_read_adds_up_over_stages_sources_and_a_resume(paths: dict[str, Path], tmp_path: Path) -> None:
@@ -88,42 +58,6 @@ def test_records_hold_the_counts_and_every_sources_loss(paths: dict[str, Path], 
     low, high = sorted([scored["loss/web"], scored["loss/code"]])
     assert low < scored["loss"] < high
     assert scored["perplexity"] == pytest.approx(math.exp(scored["loss"]))
-
-
-def test_padding_of_packed_documents_is_counted(paths: dict[str, Path], tmp_path: Path) -> None:
-    """With rows of several lengths, each length with packs of its own."""
-    for path in paths.values():
-        for length in (32, 64):
-            for how in ("best_fit", "documents"):
-                assert pack_shards.main([str(path), "--seq-len", str(length), "--how", how]) == 0
-    for how in ("best_fit", "documents"):
-        this = build(mixed_config(paths, tmp_path / how, f"data.packing={how}"))
-        advance(this, STEPS)
-        assert_adds_up(this)
-        assert this.state.padding_tokens > 0
-        assert this.identity["packing"] == how
-
-
-def test_a_pack_that_changed_is_refused_and_named(tmp_path: Path) -> None:
-    """Damaged: by its own hash, at start-up and by verify. Whole, but another: by a resume."""
-    path = make_dataset(tmp_path / "web", n_documents=70)
-    assert pack_shards.main([str(path), "--seq-len", "32"]) == 0
-    words = ["data.packing=best_fit", "train.batch_tokens=256"]
-    this = build(small_config(path, tmp_path / "run", *words))
-    advance(this, 2)
-    Saver(this).save()
-    pack = pack_path(path, "train", "best_fit", 32)
-    good = pack.read_bytes()
-    pack.write_bytes(good[:-40] + bytes(8) + good[-32:])
-    for problem in verify(path):
-        assert "train.best_fit-32.pack is not what was written" in problem
-    assert verify(path)
-    with pytest.raises(ShardError, match="is not what was written, it has another sha256: run python -m data_prep"):
-        build(small_config(path, tmp_path / "run", *words, "checkpoint.resume=auto"))
-    other = Pieces(np.array([1]), np.array([0]), np.array([32], np.int32))
-    write_pack(pack, "best_fit", 32, this.reading.manifest.splits["train"].files["train.idx"].sha256, 1, 0, [other])
-    with pytest.raises(CheckpointError, match=r"packs.web in rows of 32 was '[0-9a-f]{64}', is '[0-9a-f]{64}'"):
-        build(small_config(path, tmp_path / "run", *words, "checkpoint.resume=auto"))
 
 
 def test_targets_of_skipped_steps_are_counted_apart(
@@ -192,6 +126,36 @@ def test_later_stages_may_change_and_that_is_said(
         resumed = build(mixed_config(paths, stopped, "checkpoint.resume=auto", stages=later))
     assert "resuming with another data.stages: was" in caplog.text
     assert [stage.first for stage in resumed.reading.mixture.stages] == [0, 32, 56]
+
+
+@pytest.fixture(scope="module")
+def stopped_between(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was saved when its first stage had ended, before the first step of its second."""
+    directory = tmp_path_factory.mktemp("stopped") / "run"
+    this = build(mixed_config(paths, directory))
+    advance(this, 4)
+    assert this.state.samples == this.reading.mixture.stages[1].first
+    Saver(this).save()
+    return directory
+
+
+def test_a_stage_may_change_until_its_first_step(
+    paths: dict[str, Path], stopped: Path, stopped_between: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = STAGES.replace("{code: 3}", "{code: 4}")
+    with caplog.at_level("WARNING", logger="mamba_pretrain"):
+        resumed = build(mixed_config(paths, stopped_between, "checkpoint.resume=auto", stages=other))
+    assert "resuming with another data.stages: was" in caplog.text
+    advance(resumed, 1)
+    assert resumed.state.samples == 32 + 4
+    with pytest.raises(CheckpointError, match="stages.1.shares.code was '3/5', is '2/3'"):
+        build(mixed_config(paths, stopped, "checkpoint.resume=auto", stages=other))
+
+
+def test_a_stage_that_has_ended_may_not_change(paths: dict[str, Path], stopped_between: Path) -> None:
+    other = STAGES.replace("[{}", "[{weights: {code: 2}}")
+    with pytest.raises(CheckpointError, match="stages.0.shares.code was '1/3', is '1/2'"):
+        build(mixed_config(paths, stopped_between, "checkpoint.resume=auto", stages=other))
 
 
 def test_changed_data_of_any_source_is_refused(paths: dict[str, Path], stopped: Path, tmp_path: Path) -> None:
@@ -290,16 +254,6 @@ def test_a_stage_after_the_runs_end_is_said(
     open_reading(config).check(config, 0, 0)
     assert "data.stages[2] begins at sample 48, the run ends before it, at 48" in caplog.text
     assert "data.stages[1]" not in caplog.text
-
-
-def test_rows_of_packs_need_not_divide_each_other(paths: dict[str, Path], tmp_path: Path) -> None:
-    for length in ("32", "24"):
-        assert pack_shards.main([str(paths["web"]), "--seq-len", length]) == 0
-    words = ["data.packing=best_fit", "train.batch_tokens=768", "train.micro_batch_size=3", "train.steps=3"]
-    stages = "data.stages=[{}, {from_tokens: 768, seq_len: 24}]"
-    run = build(load([], [*OPTIONS, *words, stages, f"data.path={paths['web']}", f"run_dir={tmp_path / 'run'}"]))
-    advance(run, 3)
-    assert run.state.tokens == 3 * 768
 
 
 def test_without_weights_sources_are_read_by_their_size(paths: dict[str, Path], tmp_path: Path) -> None:

@@ -88,6 +88,19 @@ def test_nothing_of_a_source_comes_twice_before_all_of_it_came_once() -> None:
         assert missing * unit <= left_over
 
 
+def test_what_a_stage_of_shorter_rows_leaves_over_is_counted_from_its_end_on() -> None:
+    stages = [
+        Stage(0, 16, L, shares(1)),
+        Stage(6, L, L, shares(1)),
+        Stage(8, 32, L, shares(1)),
+        Stage(9, L, L, shares(1)),
+    ]
+    mixed = Mixture(["any"], stages, [{L: 100}], seed=1)
+    left_over = 2 * L - 6 * 16
+    found = {samples: mixed.left_over(samples) for samples in (0, 5, 6, 7, 8, 9)}
+    assert found == {0: [0], 5: [0], 6: [left_over], 7: [left_over], 8: [left_over], 9: [left_over + 32]}
+
+
 def test_the_pieces_of_a_coarse_row_are_scattered() -> None:
     mixed = Mixture(["any"], [Stage(0, 16, L, shares(1)), Stage(400, L, L, shares(1))], [{L: 100}], seed=1)
     rows = mixed.locate(np.arange(400)).rows

@@ -14,7 +14,15 @@ import pytest
 from data_prep.corpus import Corpus, digest_of, split_of, split_rule
 from data_prep.streams import CorpusError
 from tests.helpers.corpora import make_documents, write_jsonl
-from tests.helpers.inputs import jsonl_bytes, save_dataset, save_dataset_dict, write_bytes, write_parquet, write_zst
+from tests.helpers.inputs import (
+    jsonl_bytes,
+    save_dataset,
+    save_dataset_dict,
+    texts,
+    write_bytes,
+    write_parquet,
+    write_zst,
+)
 
 DOCUMENTS = ["first\nline two", "  \u00e9 \U0001f600\t", "third"]
 
@@ -62,6 +70,17 @@ def test_what_a_document_is_in_plain_text(tmp_path: Path, mode: str, expected: l
     documents = list(Corpus([path], txt_documents=mode))
     assert [document.text for document in documents] == expected
     assert documents[-1].line == (1 if mode == "file" else 5)
+
+
+@pytest.mark.parametrize("mode", ["file", "line", "blank-line"])
+def test_a_text_file_that_is_one_document_is_not_cut_into_units(tmp_path: Path, mode: str) -> None:
+    """Each of its units would be a copy of the whole."""
+    text = "".join(f"{i}\n\n" for i in range(500))
+    corpus = Corpus([write_bytes(tmp_path / "a.txt", text.encode())], txt_documents=mode)
+    units = corpus.units(100)
+    assert (len(units) == 1) == (mode == "file")
+    assert sum(unit.bytes for unit in units) == len(text)
+    assert texts(corpus, 100) == ([text] if mode == "file" else [str(i) for i in range(500)])
 
 
 @pytest.mark.parametrize("suffix", [".fa", ".fasta", ".fna", ".fa.gz"])

@@ -52,7 +52,7 @@ def start(dataset: Path, run_dir: Path, *words: str, prelude: str = "") -> subpr
     )
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], timeout: float = 300) -> tuple[int, str]:
     """Exit code and standard error."""
     _, errors = process.communicate(timeout=timeout)
     return process.returncode, errors
