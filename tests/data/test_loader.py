@@ -229,5 +229,5 @@ def test_a_signal_to_the_whole_group_is_the_parents_alone(tmp_path: Path, number
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.2)
     os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err) == (0, "finished\n", "")
