@@ -179,11 +179,15 @@ def run_stage(pipeline: list[Any], tasks: int, workers: int, logs: Path) -> None
                     complete += 1
                     logger.info(f"{complete}/{tasks} tasks completed.")
     except pool.WorkerError as error:
-        raise CorpusError(f"the stage {name}: {error}; {again}") from error
+        raise CorpusError(_failures(died, tasks, name, f"{error}; {again}")) from error
     if died:
-        shown = [f"- {died[rank]}" for rank in sorted(died)[:SHOWN]]
-        shown += [f"- and {len(died) - SHOWN} more"] if len(died) > SHOWN else []
-        raise CorpusError("\n".join([f"{len(died)} of the {tasks} tasks of the stage {name} failed:", *shown, again]))
+        raise CorpusError(_failures(died, tasks, name, again))
+
+
+def _failures(died: dict[int, str], tasks: int, stage: str, end: str) -> str:
+    shown = [f"- {died[rank]}" for rank in sorted(died)[:SHOWN]]
+    shown += [f"- and {len(died) - SHOWN} more"] if len(died) > SHOWN else []
+    return "\n".join([f"{len(died)} of the {tasks} tasks of the stage {stage} failed:", *shown, end])
 
 
 def _worker(executor: LocalPipelineExecutor) -> pool.Work:
@@ -193,11 +197,15 @@ def _worker(executor: LocalPipelineExecutor) -> pool.Work:
 
 def _attempt(executor: LocalPipelineExecutor, rank: int, _: object = None) -> CorpusError | OSError | None:
     """Runs a task, and returns what it raised: it may be another process that is to raise it."""
+    # Of the plain types, since some libraries' errors do not survive the way to another process.
     try:
         # A copy, since its steps count what they see. Local rank 0, one task in so many, prints its log to the console.
         deepcopy(executor)._run_for_rank(rank, local_rank=rank % executor.workers)
-    except (CorpusError, OSError) as error:
-        return error
+    except CorpusError as error:
+        return CorpusError(str(error))
+    except OSError as error:
+        plain = error.errno is None or error.strerror is None
+        return OSError(str(error)) if plain else OSError(error.errno, error.strerror, error.filename)
     except Exception as error:  # whatever datatrove's steps, and the libraries below them, raise
         logs = Path(executor.logging_dir.path)
         return CorpusError(f"the stage {logs.name} failed: {error!r}; {logs / 'logs'} has each task's own words")

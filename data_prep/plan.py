@@ -215,7 +215,7 @@ def _common(store: Store, before: Choices, now: Choices) -> Choices:
         was, is_now = ("with" if choices.drop_duplicates else "without" for choices in (before, now))
         raise ShardError(
             f"{store} was begun {was} --drop-duplicates, this task is {is_now}: start all tasks alike. To change it, "
-            "start build_shards without --task, which takes the parts that are there"
+            f"start build_shards without --task, which takes the parts that are there, or remove {store} and begin anew"
         )
     return max(before, now, key=lambda choices: ON_ERROR.index(choices.on_error))
 

@@ -48,12 +48,14 @@ def _part_of(output: Path) -> Path:
 
 
 def sweep(output: Path) -> None:
-    """Removes `OUTPUT.part` beside an output that is complete: a process was killed after it had revealed that."""
+    """Removes `OUTPUT.part` beside an output that is complete: a process was killed after it had revealed that.
+
+    Where it is in use, another process removes it, or it is not ours to remove, it stays: the output is none the worse.
+    """
     part = _part_of(output)
-    if (part / LOCK).is_file():
-        with (part / LOCK).open() as lock, contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(part)
+    with contextlib.suppress(OSError), (part / LOCK).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(part)
 
 
 def reveal(result: Path, output: Path) -> None:

@@ -126,8 +126,8 @@ class Reading:
                 )
         sources = []
         rows_of = zip(*self.dataset.rows, strict=True)
-        left_over, epochs, distinct = mixture.left_over(samples), mixture.epochs(samples), mixture.distinct(samples)
-        expected = len({stage.grid for stage in mixture.stages if stage.first < samples}) > 1
+        left_over, epochs = mixture.left_over(samples), mixture.epochs(samples)
+        distinct, grids = mixture.distinct(samples), mixture.grids(samples)
         for k, (source, rows) in enumerate(zip(self.sources, rows_of, strict=True)):
             coarsest = max((r for r in rows if r is not None), key=lambda r: r.seq_len, default=None)
             if isinstance(coarsest, Windows):  # of several lengths, the longest of all stages are what an epoch is of
@@ -146,7 +146,7 @@ class Reading:
                     "left_over_tokens": left_over[k],
                     "read_tokens": read,
                     "repeated_tokens": read - once,
-                    "repeated_tokens_are_expected": expected,
+                    "repeated_tokens_are_exact": len(grids[k]) <= 1 and not left_over[k],
                     "epochs": float(epochs[k]),
                     "max_epochs": source.max_epochs,
                 }
@@ -309,7 +309,7 @@ def table(figures: dict[str, Any]) -> str:
         lines.append(
             f"{source['name']}: {source['documents']:,} documents, {source['tokens']:,} tokens; read "
             f"{source['read_tokens']:,}, {source['epochs']:.3f} epochs{bound}, "
-            f"{'about ' if source['repeated_tokens_are_expected'] else ''}{source['repeated_tokens']:,} of them again; "
+            f"{'' if source['repeated_tokens_are_exact'] else 'about '}{source['repeated_tokens']:,} of them again; "
             f"{source['unread_tokens']:,} tokens of the split are in no row"
             + (f", {left_over:,} left over where stages of shorter rows end" if left_over else "")
         )

@@ -74,8 +74,10 @@ def test_packs_of_several_lengths_are_expected_to_repeat_what_independent_orders
             times[piece.start : piece.start + piece.tokens] += 1
     assert found["repeated_tokens"] == pytest.approx(np.maximum(times - 1, 0).sum(), rel=0.05)
     assert f"about {found['repeated_tokens']:,} of them again" in table(reading.figures(samples))
+    (none,) = reading.figures(0)["sources"]
+    assert (none["read_tokens"], none["repeated_tokens"], none["epochs"]) == (0, 0, 0)
     (first,) = reading.figures(400)["sources"]  # one length until here
-    assert first["repeated_tokens"] == 0 and not first["repeated_tokens_are_expected"]
+    assert first["repeated_tokens"] == 0 and first["repeated_tokens_are_exact"]
 
 
 def test_shares_are_those_of_the_rows(words: list[str]) -> None:

@@ -169,11 +169,15 @@ class Mixture:
         """How often the run's first `samples` read each source, on average over its tokens."""
         return [sum(of.values(), Fraction(0)) for of in self._epochs_by_grid(samples)]
 
+    def grids(self, samples: int) -> list[set[int]]:
+        """Those in which the run's first `samples` read each source."""
+        return [set(of) for of in self._epochs_by_grid(samples)]
+
     def distinct(self, samples: int) -> list[Fraction]:
         """Which share of each source the run's first `samples` read at least once.
 
-        Exact for one grid. Packs of different lengths have orders of their own, so for several it is what independent
-        draws are expected to meet.
+        Exact where it is read in one grid and nothing is left over. Packs of different lengths have orders of their
+        own, so for several it is what independent draws are expected to meet.
         """
         none = Fraction(0)
         unread = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final
@@ -82,14 +82,12 @@ class ShardWriter:
             if kind is not None:
                 self._bin.abandon()
                 return
-            self._bin.close()
+            with _abandoned_on_errors(self._bin):
+                self._bin.close()
             idx = _HashedFile(f"{self._name}.idx", self._create)
-            try:
+            with _abandoned_on_errors(idx):
                 self._write_index(idx)
                 idx.close()
-            except BaseException:
-                idx.abandon()
-                raise
         self.files = {file.name: file.info for file in (self._bin, idx)}
 
     def _write_index(self, idx: _HashedFile) -> None:
@@ -106,6 +104,15 @@ class ShardWriter:
             offset = int(ends[-1])
         for begin in range(0, self.n_documents + 1, rows):
             idx.write(np.arange(begin, min(begin + rows, self.n_documents + 1), dtype="<i8").tobytes())
+
+
+@contextlib.contextmanager
+def _abandoned_on_errors(file: _HashedFile) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        file.abandon()
+        raise
 
 
 class _HashedFile:

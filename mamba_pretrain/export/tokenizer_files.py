@@ -56,18 +56,18 @@ def find(directory: Path, facts: dict[str, Any] | None) -> tuple[Path | None, di
     """
     if facts and facts.get("kind") == "bytes" and not (directory / str(facts.get("file"))).is_file():
         return None, facts
-    path = next((directory / name for name in KINDS if (directory / name).is_file()), None)
-    if path is None:
+    found = [directory / name for name in KINDS if (directory / name).is_file()]
+    if not found:
         return None, facts if facts and facts.get("kind", "unknown") is None else None
-    if facts and facts.get("sha256") == sha256_of(path):
-        return path, facts
-    if facts and facts.get("file") == path.name:
+    if facts and (its_own := next((path for path in found if facts.get("sha256") == sha256_of(path)), None)):
+        return its_own, facts
+    if facts and facts.get("sha256"):
         warnings.warn(
-            f"{path} is not the tokenizer that the model was trained with: its sha256 is {sha256_of(path)[:12]}, the "
-            f"model's {str(facts.get('sha256'))[:12]}. It is taken as it is",
+            f"{found[0]} is not the tokenizer that the model was trained with: its sha256 is "
+            f"{sha256_of(found[0])[:12]}, the model's {str(facts['sha256'])[:12]}. It is taken as it is",
             stacklevel=3,
         )
-    return path, _describe(path)
+    return found[0], _describe(found[0])
 
 
 def copy(source: Path | None, target: Path) -> None:

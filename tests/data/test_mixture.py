@@ -88,6 +88,20 @@ def test_nothing_of_a_source_comes_twice_before_all_of_it_came_once() -> None:
         assert missing * unit <= left_over
 
 
+def test_no_source_is_read_more_than_whole_and_an_unread_one_not_at_all() -> None:
+    """Two grids of 8 and 5 rows, one of them read more than once."""
+    stages = [Stage(0, L, L, (Fraction(1), Fraction(0))), Stage(20, 2 * L, 2 * L, (Fraction(1), Fraction(0)))]
+    mixed = Mixture(["a", "b"], stages, [{L: 8, 2 * L: 5}] * 2, 0)
+    for samples, share in ((0, 0), (4, Fraction(1, 2)), (20, 1), (22, 1), (40, 1)):
+        assert mixed.distinct(samples) == [share, 0]
+    assert mixed.epochs(40) == [Fraction(20, 8) + 4, 0]
+    assert [len(grids) for grids in mixed.grids(40)] == [2, 0]
+    short = Mixture(
+        ["a"], [Stage(0, L, L, (Fraction(1),)), Stage(4, 2 * L, 2 * L, (Fraction(1),))], [{L: 8, 2 * L: 5}], 0
+    )
+    assert short.distinct(6) == [1 - Fraction(1, 2) * Fraction(3, 5)]
+
+
 def test_what_a_stage_of_shorter_rows_leaves_over_is_counted_from_its_end_on() -> None:
     stages = [
         Stage(0, 16, L, shares(1)),

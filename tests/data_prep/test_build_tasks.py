@@ -9,6 +9,7 @@ import pytest
 from data_prep import merge_shards
 from data_prep.corpus import Corpus, split_rule
 from data_prep.plan import Plan
+from mamba_pretrain.data.manifest import Manifest
 from mamba_pretrain.data.tokenizer import BytesTokenizer
 from tests.helpers.builds import command, contents, several_inputs
 from tests.helpers.corpora import make_documents, write_jsonl
@@ -38,6 +39,9 @@ def test_tasks_differ_in_no_choice_that_would_be_of_the_last_one(
     assert command([corpus], output, *options, "--task", tasks[1]) == 0  # stops at invalid records, and has none
     assert merge_shards.main([str(output)]) == 0
     assert contents(output) == contents(tmp_path / "whole")
+    assert command([corpus], tmp_path / "kept", *options, "--on-error", "skip", "--task", tasks[0]) == 0
+    assert command([corpus], tmp_path / "kept", *options[:-1], "--on-error", "skip") == 0  # alone it may choose
+    assert not Manifest.read(tmp_path / "kept").selection.duplicates_dropped
 
 
 def test_tasks_and_a_merge_are_the_one_run(

@@ -53,6 +53,9 @@ def test_a_dataset_on_s3_becomes_the_same_on_disk(
     assert fetch.main([URL, str(output)]) == 0
     assert "complete already" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    (tmp_path / "data.part").mkdir()  # somebody else's
+    assert fetch.main([URL, str(output)]) == 0
+    assert (tmp_path / "data.part").exists()
 
 
 def test_a_copy_that_broke_off_goes_on_inside_a_file(

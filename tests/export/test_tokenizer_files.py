@@ -143,6 +143,11 @@ def test_facts_of_another_file_are_not_believed(tmp_path: Path) -> None:
         assert tokenizer_files.find(tmp_path, true | {"eod_id": 5})[1] == true | {"eod_id": 5}
     with pytest.warns(UserWarning, match="is not the tokenizer that the model was trained with: its sha256 is .* 0000"):
         assert tokenizer_files.find(tmp_path, true | {"eod_id": 5, "sha256": "0" * 64})[1] == true
+    (tmp_path / "tokenizer.bytes").touch()  # comes before, where nothing is known
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tokenizer_files.find(tmp_path, true) == (tmp_path / "tokenizer.model", true)
+        assert tokenizer_files.find(tmp_path, None)[0] == tmp_path / "tokenizer.bytes"
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
