@@ -18,6 +18,7 @@ from data_prep.registries import FetchError
 from data_prep.streams import filesystem, has_ranges, open_raw
 from data_prep.workspace import reveal, sweep, workspace
 from mamba_pretrain.data.manifest import MANIFEST, Manifest
+from mamba_pretrain.data.tokenizer import SETTINGS, HuggingFaceTokenizer, TokenizerError, dataset_tokenizer
 from mamba_pretrain.files import BLOCK_BYTES, sha256_of, sync
 
 REQUESTS: Final = 8  # at a time: object stores give one request a fraction of the line. 128 MB of blocks are in flight
@@ -59,9 +60,23 @@ def copy_dataset(url: str, output: Path) -> Manifest:
         for name, sha256 in _files(manifest, url).items():
             if not (result / name).is_file():
                 _copy(remote, f"{root}/{name}", result / name, sha256, f"{url.rstrip('/')}/{name}")
+        _copy_settings(remote, root, url, result, manifest)
         reveal(result, output)
     print(f"{output}: complete, every file had its sha256 as it came")
     return manifest
+
+
+def _copy_settings(remote: Any, root: str, url: str, result: Path, manifest: Manifest) -> None:
+    """What names a tokenizer.json's special tokens: the manifest has no hash of it, but the ids that come of it."""
+    if manifest.tokenizer.file == HuggingFaceTokenizer.file:
+        found = _reported(remote.exists, f"{url}/{SETTINGS}", f"{root}/{SETTINGS}")
+        if found:  # else the tokenizer itself has to tell enough
+            content = _reported(remote.cat_file, f"{url}/{SETTINGS}", f"{root}/{SETTINGS}")
+            (result / SETTINGS).write_bytes(content)
+    try:
+        dataset_tokenizer(result, manifest)
+    except TokenizerError as error:
+        raise FetchError(f"the tokenizer at {url} is not what its manifest says: {error}") from error
 
 
 def _files(manifest: Manifest, url: str) -> dict[str, str]:

@@ -26,6 +26,7 @@ from mamba_pretrain.data.manifest import Manifest, TokenizerInfo
 
 SPACE_MARK: Final = "\u2581"  # SentencePiece writes a space as this character
 REPLACEMENT: Final = "\ufffd".encode()  # what the tokenizers library shows for a part of a character
+SETTINGS: Final = "tokenizer_config.json"  # beside a tokenizer.json: the names of its special tokens
 KNOWN_EOD: Final = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]")
 KNOWN_BOS: Final = ("<|begin_of_text|>", "<|startoftext|>", "<s>", "<bos>", "<|bos|>", "[BOS]")
 BYTES_FILE: Final = b"Byte tokenizer: ids 0 to 255 are the bytes of UTF-8, 256 begins and ends a document.\n"
@@ -274,7 +275,7 @@ class HuggingFaceTokenizer(Tokenizer):
         super().save(directory)
         # The eod may have been the caller's choice; this is where Hugging Face's own loaders look for it, too.
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._names}
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (directory / SETTINGS).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_tokenizer(spec: str | Path, *, eod: str | None = None) -> Tokenizer:
@@ -371,7 +372,7 @@ def _id_of(token: str, vocab: dict[str, int], path: Path) -> int:
 
 def _config_beside(path: Path) -> dict[str, str]:
     """The token names in tokenizer_config.json, which writes a name as a string or as {"content": name}."""
-    file = path.with_name("tokenizer_config.json")
+    file = path.with_name(SETTINGS)
     if path.name != HuggingFaceTokenizer.file or not file.is_file():
         return {}
     try:

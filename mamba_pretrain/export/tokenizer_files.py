@@ -23,14 +23,14 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from mamba_pretrain.data.tokenizer import BYTE_OF
+from mamba_pretrain.data.tokenizer import BYTE_OF, SETTINGS
 from mamba_pretrain.export.formats import FormatError
 from mamba_pretrain.files import sha256_of
 
 # The names `mamba_pretrain.data.tokenizer` gives its files, and the kinds it calls them. Where a directory holds
 # several, the first is the original and the others were made from it.
 KINDS = {"tokenizer.bytes": "bytes", "tokenizer.model": "sentencepiece", "tokenizer.json": "huggingface"}
-SETTINGS, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
 BYTES_END = "<|endoftext|>"
 SPACE_MARK = "\u2581"
 _AWKWARD = [

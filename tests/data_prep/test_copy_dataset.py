@@ -9,12 +9,17 @@ from typing import Any
 
 import fsspec
 import pytest
+from tokenizers import Tokenizer, models
 
 from data_prep import copy_dataset as module
 from data_prep import fetch
+from data_prep.build_shards import build
 from data_prep.copy_dataset import copy_dataset
+from data_prep.corpus import Corpus, split_rule
 from data_prep.registries import FetchError
 from mamba_pretrain.data.dataset import verify
+from mamba_pretrain.data.tokenizer import load_tokenizer
+from tests.helpers.corpora import make_documents, write_jsonl
 from tests.helpers.s3 import s3_server
 from tests.helpers.web import web_server
 
@@ -133,6 +138,23 @@ def test_a_server_without_ranges_gives_whole_files(
         copy_dataset(url, tmp_path / "data")
     assert verify(tmp_path / "data") == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+def test_the_names_of_special_tokens_come_along(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    tokenizer = Tokenizer(models.WordLevel({"[A]": 0, "[B]": 1, "a": 2}, unk_token="a"))
+    tokenizer.add_special_tokens(["[A]", "[B]"])  # neither says that it ends a document
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(80))
+    made = load_tokenizer(tmp_path / "tokenizer.json", eod="[B]")
+    build(Corpus([corpus]), made, tmp_path / "made", rule=split_rule((0.75, 0.25, 0.0), 0))
+    with web_server(tmp_path / "made") as url:
+        copy_dataset(url, tmp_path / "data")
+        assert verify(tmp_path / "data") == []
+        (tmp_path / "made" / "tokenizer_config.json").unlink()
+        with pytest.raises(FetchError, match="the tokenizer at .* is not what its manifest says: .* --eod"):
+            copy_dataset(url, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize(
