@@ -179,12 +179,14 @@ def run_stage(pipeline: list[Any], tasks: int, workers: int, logs: Path) -> None
                     complete += 1
                     logger.info(f"{complete}/{tasks} tasks completed.")
     except pool.WorkerError as error:
-        raise CorpusError(_failures(died, tasks, name, f"{error}; {again}")) from error
+        raise CorpusError(_failures(died, tasks, name, f"the stage {name}: {error}; {again}")) from error
     if died:
         raise CorpusError(_failures(died, tasks, name, again))
 
 
 def _failures(died: dict[int, str], tasks: int, stage: str, end: str) -> str:
+    if not died:
+        return end
     shown = [f"- {died[rank]}" for rank in sorted(died)[:SHOWN]]
     shown += [f"- and {len(died) - SHOWN} more"] if len(died) > SHOWN else []
     return "\n".join([f"{len(died)} of the {tasks} tasks of the stage {stage} failed:", *shown, end])

@@ -179,11 +179,11 @@ class Mixture:
         Exact where it is read in one grid and nothing is left over. Packs of different lengths have orders of their
         own, so for several it is what independent draws are expected to meet.
         """
-        none = Fraction(0)
-        unread = (
-            math.prod((max(none, 1 - n) for n in of.values()), start=1 - none) for of in self._epochs_by_grid(samples)
-        )
-        return [1 - share for share in unread]
+        found = []
+        for epochs in self._epochs_by_grid(samples):
+            unread = (max(Fraction(0), 1 - n) for n in epochs.values())
+            found.append(1 - math.prod(unread, start=Fraction(1)))
+        return found
 
     def _epochs_by_grid(self, samples: int) -> list[dict[int, Fraction]]:
         found: list[dict[int, Fraction]] = [defaultdict(Fraction) for _ in self.names]

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from datatrove.data import Document
 
-from data_prep import build_shards, clean, clean_steps
+from data_prep import build_shards, clean, clean_steps, pool
 from mamba_pretrain.data.manifest import Manifest
 from tests.helpers.corpora import write_jsonl
 
@@ -307,6 +307,26 @@ def test_what_stops_a_task_in_a_worker_stops_the_command(
     (corpus / "b2.jsonl").write_text("{broken\n")
     assert run_clean(corpus, tmp_path / "clean", *FILTERS, "--workers", "2") == 2
     assert "error: " + str(corpus / "b2.jsonl:1: not JSON") in capsys.readouterr().err
+
+
+def test_workers_that_do_not_start_are_told_with_the_tasks_that_failed_before(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = list[tuple[int, pool.Failure]]()
+
+    def run(*_: object) -> Iterator[tuple[int, pool.Failure]]:
+        yield from ended
+        raise pool.WorkerError("3 workers did not start")
+
+    monkeypatch.setattr(pool, "run", run)
+    for failed in ("", "1 of the 3 tasks of the stage filters failed:\n- task 1 ("):
+        assert run_clean(corpus, tmp_path / "clean", *FILTERS, "--tasks", "3", "--workers", "2") == 2
+        error = capsys.readouterr().err
+        assert (
+            f"error: {failed}" in error and "\n" * bool(failed) + "the stage filters: 3 workers did not start" in error
+        )
+        assert "0 of the" not in error
+        ended.append((1, pool.Failure("gone", died=True)))
 
 
 def test_what_cannot_be_done_is_said(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
